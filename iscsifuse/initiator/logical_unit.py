@@ -1,0 +1,307 @@
+"""A logical unit as a block device: whole blocks in, whole blocks out.
+
+Transfers are split where the target or a CDB has a limit, and the pieces run side by side. What comes back is judged
+by `Commander`; here is what only the unit knows: its size, whether it has a volatile cache, and who it is.
+
+**Identity.** When a session was re-established, the unit is examined again before any command is let through. If its
+designators, its serial number, its block length or its capacity differ, another disk answers in its place: every
+command fails from then on, and stays failed, since a write to the wrong disk can't be taken back. A unit that can't
+be examined fails until it proves itself. The nexus holds the commands back (`Nexus.bar`), also those that wait in it
+to be replayed. Who it is is asked too when the target says that the list of units or the medium changed.
+
+**Capacity.** A disk may grow or shrink while it is mounted; the target says so (UNIT ATTENTION 2Ah/09h), the capacity
+is read again, and ``on_change`` is called.
+
+**Deferred errors.** A target that finds out after its GOOD status that a write failed says so with some later
+command. That one is tried again; the next `flush` fails.
+
+Source: SBC-3 §5.8-5.20, SPC-4 §7.8.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from iscsifuse.errors import (
+    CommandError,
+    DigestError,
+    IdentityError,
+    IscsifuseError,
+    ParameterDataError,
+    SessionLostError,
+    TransferError,
+    WriteBackError,
+)
+from iscsifuse.initiator.commander import Commander, Executor
+from iscsifuse.initiator.groups import plain_errors
+from iscsifuse.initiator.inventory import LunDescription, examine_capacity, examine_identity
+from iscsifuse.initiator.nexus import Nexus
+from iscsifuse.initiator.policy import Change
+from iscsifuse.initiator.session import Session
+from iscsifuse.scsi import cdb as cdbs
+from iscsifuse.scsi.capacity import Capacity
+from iscsifuse.scsi.designator import Association, Designator
+from iscsifuse.scsi.sense import SenseKey
+
+__all__ = ["LogicalUnit"]
+
+log = logging.getLogger(__name__)
+
+MAX_TRANSFER = 1 << 20
+"""Bytes in one command at most. More would only hold up its neighbours: throughput comes from commands in flight."""
+_INVALID_OPCODE = 0x20
+
+
+class LogicalUnit:
+    """One disk.
+
+    Args:
+        nexus: the session with its target.
+        description: as `inventory.scan` found it; it has a capacity.
+
+    Attributes:
+        lun: its number.
+        description: as it was found.
+        block_length: bytes of a logical block.
+        block_count: how many it has now.
+        on_change: called after the capacity or the medium changed.
+    """
+
+    def __init__(self, nexus: Nexus, description: LunDescription) -> None:
+        if description.capacity is None:
+            raise ValueError("a disk without a capacity")
+        self.lun = description.lun
+        self.description = description
+        self.block_length = description.capacity.block_length
+        self.block_count = description.capacity.blocks
+        self.on_change: Callable[[], None] | None = None
+        self._nexus = nexus
+        self._is_another = False
+        self._unproven = ""  # why it can't be told whether it is
+        self._deferred: WriteBackError | None = None
+        self._max_blocks = self._largest_transfer()
+        self._has_volatile_cache = description.caching is None or description.caching.wce
+        self._refreshing = False
+        self._capacity_is_old = False
+        self._commander = self._make_commander(nexus)
+        nexus.add_guard(self._prove)
+
+    @property
+    def label(self) -> str:
+        """Name for messages: LUN 1 of iqn..."""
+        return self._commander.label
+
+    async def read_into(self, buffer: memoryview, *, lba: int) -> None:
+        """Read whole blocks.
+
+        Args:
+            buffer: writable, contiguous, a multiple of ``block_length`` bytes; its content is undefined unless this
+                returns.
+            lba: first block.
+
+        Raises:
+            MediumError: a block can't be read; it says which.
+            IscsifuseError: anything else that keeps even one byte from being right.
+
+        Cancellation: takes effect when no command uses the buffer any more.
+        """
+        length = self.block_length
+        blocks = len(buffer) // length
+        if blocks <= self._max_blocks:
+            cdb = cdbs.read(lba=lba, blocks=blocks)
+            await self._commander.run(cdb, buffer_in=buffer, exact=True, place=f" at LBA {lba}")
+            return
+        step = self._max_blocks
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                for first in range(0, blocks, step):
+                    piece = buffer[first * length : (first + step) * length]
+                    nursery.start_soon(self._read_piece, piece, lba + first)
+
+    async def write(self, buffer: memoryview, *, lba: int, fua: bool = False) -> None:
+        """Write whole blocks; the target has accepted them when this returns.
+
+        Args:
+            buffer: contiguous, a multiple of ``block_length`` bytes; must not change until this returns or raises.
+            lba: first block.
+            fua: have them on stable storage, too, where the unit can do that.
+
+        Raises:
+            IscsifuseError: nothing is known about any of the blocks.
+
+        Cancellation: takes effect when no command uses the buffer any more.
+        """
+        fua = fua and self.description.dpofua
+        length = self.block_length
+        blocks = len(buffer) // length
+        if blocks <= self._max_blocks:
+            cdb = cdbs.write(lba=lba, blocks=blocks, fua=fua)
+            await self._commander.run(cdb, buffer_out=buffer, exact=True, place=f" at LBA {lba}")
+            return
+        step = self._max_blocks
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                for first in range(0, blocks, step):
+                    piece = buffer[first * length : (first + step) * length]
+                    nursery.start_soon(self._write_piece, piece, lba + first, fua)
+
+    async def flush(self) -> None:
+        """Bring everything that was written to stable storage (SYNCHRONIZE CACHE, where there is a volatile cache).
+
+        Raises:
+            WriteBackError: the target failed a write after it had accepted it; told once.
+            IscsifuseError: it can't be said that everything is there.
+        """
+        if self._nexus.settings.read_only:
+            return  # nothing was written
+        if self._has_volatile_cache:
+            await self._synchronize()
+        deferred, self._deferred = self._deferred, None
+        if deferred is not None:
+            raise deferred
+
+    async def _synchronize(self) -> None:
+        try:
+            await self._commander.run(cdbs.synchronize_cache())
+        except CommandError as error:
+            if error.sense_key != SenseKey.ILLEGAL_REQUEST or error.asc != _INVALID_OPCODE:
+                raise
+            if self.description.caching is not None:
+                raise  # it says that it has a volatile cache, and can't flush it
+            log.info("%s has no SYNCHRONIZE CACHE and doesn't tell of a cache: taken for write-through", self.label)
+            self._has_volatile_cache = False
+
+    # -- splitting -------------------------------------------------------------------------------------------------
+
+    def _largest_transfer(self) -> int:
+        """Blocks in one command at most. Source: SBC-3 §6.6.3 (MAXIMUM TRANSFER LENGTH; 0: not reported)."""
+        own = max(1, MAX_TRANSFER // self.block_length)
+        limits = self.description.block_limits
+        reported = limits.max_transfer if limits is not None else 0
+        return min(own, reported) if reported else own
+
+    async def _read_piece(self, piece: memoryview, lba: int) -> None:
+        cdb = cdbs.read(lba=lba, blocks=len(piece) // self.block_length)
+        await self._commander.run(cdb, buffer_in=piece, exact=True, place=f" at LBA {lba}")
+
+    async def _write_piece(self, piece: memoryview, lba: int, fua: bool) -> None:
+        cdb = cdbs.write(lba=lba, blocks=len(piece) // self.block_length, fua=fua)
+        await self._commander.run(cdb, buffer_out=piece, exact=True, place=f" at LBA {lba}")
+
+    # -- changes ---------------------------------------------------------------------------------------------------
+
+    def _make_commander(self, executor: Executor, *, notice: bool = True) -> Commander:
+        return Commander(
+            executor,
+            address=self.description.address,
+            label=f"LUN {self.lun} of {self._nexus.target_name}",
+            limit=self._nexus.settings.timeout,
+            may_start=not self._nexus.settings.read_only,
+            on_change=self._on_change if notice else None,
+        )
+
+    async def _on_change(self, change: Change) -> None:
+        """The target reported something while a command was tried."""
+        if change & Change.DEFERRED:
+            sentence = f"{self.label}: the target failed a write after it had accepted it"
+            log.error("%s", sentence)
+            self._deferred = WriteBackError(sentence)
+        if change & (Change.MEDIUM | Change.INVENTORY):
+            await self._nexus.prove_again(partial(self._prove, may_resize=True))
+        if change & Change.MEDIUM and self.on_change is not None:
+            self.on_change()
+        if change & Change.CAPACITY:
+            self._capacity_is_old = True
+            if not self._refreshing:
+                # Invariant: _refreshing is set before the first await, so commands that meet the same news don't
+                # pile up; what they say while it is being read is not lost.
+                self._refreshing = True
+                try:
+                    while self._capacity_is_old:
+                        self._capacity_is_old = False
+                        await self._refresh_capacity()
+                finally:
+                    self._refreshing = False
+
+    async def _refresh_capacity(self) -> None:
+        commander = self._make_commander(self._nexus, notice=False)
+        try:
+            capacity = await examine_capacity(commander, version=self.description.inquiry.version)
+        except (CommandError, ParameterDataError, TransferError, DigestError) as error:
+            log.warning("%s: its new capacity can't be read: %s", self.label, error)
+            return
+        self._resize(capacity)
+
+    def _resize(self, capacity: Capacity) -> None:
+        if capacity.block_length != self.block_length:
+            self._fail(f"{self.label} changed its block length from {self.block_length} to {capacity.block_length}")
+            return
+        log.info("%s: capacity is now %d blocks, was %d", self.label, capacity.blocks, self.block_count)
+        self.block_count = capacity.blocks
+        if self.on_change is not None:
+            self.on_change()
+
+    def _fail(self, sentence: str) -> None:
+        """No command from now on, and nothing of what is cached counts."""
+        log.error("%s", sentence)
+        self._is_another = True
+        self._nexus.bar(self.description.address, IdentityError(sentence))
+        if self.on_change is not None:
+            self.on_change()
+
+    async def _prove(self, session: Session, *, may_resize: bool = False) -> bool:
+        """Is this the same disk? See the head of this file.
+
+        Args:
+            session: where to ask.
+            may_resize: whether another capacity is just that: the mount has seen no gap in which more could change.
+
+        Returns:
+            Whether that is settled now.
+        """
+        if self._is_another:
+            return True
+        commander = self._make_commander(session, notice=False)
+        try:
+            await commander.run(cdbs.test_unit_ready())
+            serial, designators, _ = await examine_identity(commander)
+            capacity = await examine_capacity(commander, version=self.description.inquiry.version)
+        except SessionLostError:
+            raise
+        except IscsifuseError as error:
+            return self._cant_tell(f"{self.label} can't be examined any more: {error}")
+        known = self.description
+        if (serial is None and known.serial is not None) or (known.designators and not designators):
+            return self._cant_tell(f"{self.label} doesn't say any more who it is")
+        if (serial, _of_unit(designators)) != (known.serial, _of_unit(known.designators)):
+            self._fail(f"another disk answers where {self.label} was: its identity is not the one that was mounted")
+        elif (capacity.block_length, capacity.blocks) == (self.block_length, self.block_count):
+            self._unbar()
+        elif may_resize:
+            self._unbar()
+            self._resize(capacity)
+        else:
+            self._fail(
+                f"{self.label} came back with {capacity.blocks} blocks of {capacity.block_length} bytes instead of "
+                f"{self.block_count} of {self.block_length}"
+            )
+        return True
+
+    def _unbar(self) -> None:
+        self._unproven = ""
+        self._nexus.bar(self.description.address, None)
+
+    def _cant_tell(self, sentence: str) -> bool:
+        """No command until the unit has proved itself."""
+        if sentence != self._unproven:
+            log.error("%s", sentence)
+        self._unproven = sentence
+        self._nexus.bar(self.description.address, SessionLostError(sentence))
+        return False
+
+
+def _of_unit(designators: tuple[Designator, ...]) -> frozenset[Designator]:
+    """Those that belong to the unit itself; the others name the port, and another portal has another one."""
+    return frozenset(one for one in designators if one.association == Association.LOGICAL_UNIT)

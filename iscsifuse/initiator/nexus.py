@@ -1,0 +1,407 @@
+"""The I_T nexus with one target: a session that comes back when it is lost.
+
+::
+
+                 login ok                      session ends
+    (opening) ─────────────> LOGGED_IN ─────────────────────> LOST ──┐
+                                 ^                              │    │ attempt fails: back off, try the next portal
+                                 └──── login ok, disks proven ──┘<───┘
+                                 close() from anywhere ──> CLOSED
+
+A command that is carried out while the session is lost waits for the next one, and one that was under way is sent
+again there: reads and writes of whole blocks are idempotent, and nobody overlaps a write that hasn't ended (the cache
+and the range lock see to that), so a replay can't overtake. The new login carries the same ISID and TSIH 0, which
+makes the target end the old session and its tasks before it answers (RFC 7143 §6.3.5): that is the barrier. Before
+commands flow again, every disk in use is proven to be the one it was (`add_guard`). A disk that isn't, or that can't
+be examined, is barred (`bar`): nothing reaches it any more, what is to be sent again least of all. One that can't be
+examined holds up no other; it is asked again from time to time.
+
+Waiting has an end: ``reconnect_timeout`` seconds after the session was lost, waiters get an error, and later ones get
+it at once, until a login works again. The attempts go on; the mount heals by itself.
+
+Source: RFC 7143 §6.3.5, §7.4-7.6.
+"""
+
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from enum import Enum
+
+import trio
+
+from iscsifuse.errors import (
+    ConnectError,
+    IdentityError,
+    IscsifuseError,
+    LoginError,
+    LoginTimeoutError,
+    SessionLostError,
+)
+from iscsifuse.initiator.groups import plain_errors
+from iscsifuse.initiator.login import LoggedIn, log_in, login_config, make_isid
+from iscsifuse.initiator.session import Session
+from iscsifuse.initiator.settings import Portal, SessionSettings
+from iscsifuse.initiator.statistics import CommandStatistics
+from iscsifuse.iscsi.parameters import LoginConfig, NegotiatedParameters
+from iscsifuse.iscsi.tasks import Task
+
+__all__ = ["Nexus", "NexusState", "open_nexus"]
+
+log = logging.getLogger(__name__)
+
+MAX_REPLAYS = 5
+"""How often one command may lose its session before it is the suspect."""
+FIRST_BACK_OFF = 0.1
+LAST_BACK_OFF = 5.0
+LONGEST_TIME2WAIT = 3600.0
+"""Most seconds that a target may have us wait before a login (RFC 7143 §13.15)."""
+LAST_WORDS = 5.0
+"""Seconds that a session lives on after a cancellation, for commands under way and the logout."""
+ASK_AGAIN_AFTER = 5.0
+"""Seconds until a guard that couldn't prove its disk is asked again."""
+
+Guard = Callable[[Session], Awaitable[bool]]
+
+
+class NexusState(Enum):
+    """Where the session is in its life."""
+
+    LOGGED_IN = "logged in"
+    LOST = "lost"
+    CLOSED = "closed"
+
+
+class Nexus:
+    """A session with a target that survives its connections. Made by `open_nexus`.
+
+    Attributes:
+        target_name: as it logged in.
+        portal: the one in use, or the last one that was.
+        settings: deadlines and rights.
+        statistics: of all its commands, across sessions.
+        reconnects: how often the session was re-established.
+        state: see `NexusState`.
+    """
+
+    def __init__(
+        self,
+        target_name: str,
+        portals: Sequence[Portal],
+        settings: SessionSettings,
+        statistics: CommandStatistics,
+        login: LoggedIn,
+        isid: bytes,
+    ) -> None:
+        self.target_name = target_name
+        self.settings = settings
+        self.statistics = statistics
+        self.portal = login.portal
+        self.reconnects = 0
+        self.state = NexusState.LOGGED_IN
+        self._portals = list(portals)
+        self._isid = isid
+        self._guards: list[Guard] = []
+        self._barred: dict[bytes, IscsifuseError] = {}
+        self._session = Session(login, settings, statistics)
+        self._changed = trio.Event()  # replaced at each change of state
+        self._since = time.time()
+        self._give_up_at = 0.0  # on trio's clock; meaningful while LOST
+        self._last_error: str | None = None
+        self._nursery: trio.Nursery | None = None
+        self._scope = trio.CancelScope(shield=True)
+        self._over = trio.Event()
+
+    @property
+    def session(self) -> Session:
+        """The session in use, or the last one that was."""
+        return self._session
+
+    @property
+    def negotiated(self) -> NegotiatedParameters:
+        """What the current (or last) login agreed on."""
+        return self._session.connection.parameters
+
+    def add_guard(self, guard: Guard) -> None:
+        """Have a coroutine called on each new session before commands flow again.
+
+        It may use the session, and must not raise but SessionLostError. It bars and unbars its disk, and returns
+        whether that is settled: if not, it is called again after a while, as long as the session lives.
+        """
+        self._guards.append(guard)
+
+    async def prove_again(self, guard: Guard) -> None:
+        """Have a guard look at the session in use, and again for as long as it can't settle things."""
+        session = self._session
+        with suppress(SessionLostError):  # the guards look at the next one anyway
+            if not await guard(session) and self._nursery is not None:
+                self._nursery.start_soon(self._ask_again, guard, session)
+
+    def bar(self, lun: bytes, error: SessionLostError | IdentityError | None) -> None:
+        """Hold back every command to a logical unit, those to be replayed too; None lets them through again.
+
+        Args:
+            lun: 8 bytes.
+            error: what the commands fail with (a copy of it).
+        """
+        if error is None:
+            self._barred.pop(lun, None)
+        else:
+            self._barred[lun] = error
+
+    async def execute(
+        self,
+        cdb: bytes,
+        *,
+        lun: bytes,
+        buffer_in: memoryview | None = None,
+        buffer_out: memoryview | None = None,
+        exact: bool = False,
+    ) -> Task:
+        """Carry out one SCSI command, on whatever session there is.
+
+        Args:
+            cdb: at most 16 bytes.
+            lun: 8 bytes.
+            buffer_in: where data goes; its content is undefined unless this returns.
+            buffer_out: what is written; must not change until this returns or raises.
+            exact: whether a success with fewer bytes than ``buffer_in`` holds is an error.
+
+        Returns:
+            The task, with a status that the caller judges.
+
+        Raises:
+            ReadOnlyError: the command was held back.
+            IdentityError: another disk answers where the mounted one was.
+            SessionLostError: no session within ``reconnect_timeout``, or nobody knows whose disk answers there.
+            CommandTimeoutError: the command took too long.
+            TransferError, DigestError: see `Session.execute`.
+
+        Cancellation: while it waits for a session, at once; while the target has the command, when that ended.
+        """
+        replays = 0
+        while True:
+            session = self._session if self.state is NexusState.LOGGED_IN else await self._wait_for_session()
+            if lun in self._barred:
+                # Invariant: nothing is awaited between this look and the submission.
+                error = self._barred[lun]
+                raise type(error)(*error.args)
+            try:
+                return await session.execute(cdb, lun=lun, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact)
+            except SessionLostError:
+                replays += 1
+                if self.settings.reconnect_timeout == 0 or replays > MAX_REPLAYS:
+                    raise
+                if self.state is NexusState.LOGGED_IN and self._session is session:
+                    # Invariant: run() marks the loss as soon as it is scheduled; until then there is nothing to use.
+                    await self._changed.wait()
+
+    async def close(self) -> None:
+        """Log out if there is a session; end all waiting. Bounded in time."""
+        if self.state is NexusState.CLOSED:
+            return
+        session = self._session
+        self._enter(NexusState.CLOSED)
+        try:
+            await session.logout()
+        finally:
+            self._scope.cancel()
+
+    def report(self) -> dict[str, object]:
+        """State for people and programs, JSON-able."""
+        window = self._session.connection.window
+        return {
+            "target": self.target_name,
+            "portal": str(self.portal),
+            "state": self.state.value,
+            "since": self._since,
+            "reconnects": self.reconnects,
+            "last_error": self._last_error,
+            "isid": self._isid.hex(),
+            "tsih": self._session.tsih,
+            "in_flight": len(self._session.connection.tasks),
+            "queued": len(self._session.connection.queue),
+            "window": window.room,
+            "keys": self.negotiated.as_keys(),
+        }
+
+    # -- keeping it alive ------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run session after session until `close`.
+
+        Cancellation: takes effect after LAST_WORDS seconds, or `close`: commands under way can end until then.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run_sessions)
+            try:
+                await self._over.wait()
+            finally:
+                self._scope.deadline = trio.current_time() + LAST_WORDS
+
+    async def _run_sessions(self) -> None:
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self._session.run)
+                    while True:
+                        session = self._session
+                        await session.wait_ended()
+                        if self.state is NexusState.CLOSED:
+                            break
+                        self._lost(session)
+                        if not await self._re_establish(nursery, session.time2wait):
+                            break
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._nursery = None
+            self._enter(NexusState.CLOSED)  # nobody shall wait for a session that won't come
+            self._over.set()
+
+    def _lost(self, session: Session) -> None:
+        limit = self.settings.reconnect_timeout
+        self._give_up_at = trio.current_time() + limit if limit >= 0 else float("inf")
+        self._last_error = str(session.error)
+        self._enter(NexusState.LOST)
+        log.warning("%s: session lost: %s", self.target_name, session.error)
+
+    def _enter(self, state: NexusState) -> None:
+        self.state = state
+        self._since = time.time()
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _wait_for_session(self) -> Session:
+        """The session, once there is one."""
+        with trio.CancelScope(deadline=self._give_up_at):
+            while self.state is NexusState.LOST:
+                await self._changed.wait()
+        if self.state is NexusState.LOGGED_IN:
+            return self._session
+        why = "it was closed" if self.state is NexusState.CLOSED else self._last_error
+        raise SessionLostError(f"no session with {self.target_name}: {why}")
+
+    async def _re_establish(self, nursery: trio.Nursery, time2wait: float) -> bool:
+        """Log in again, however long it takes; whether it worked before `close`."""
+        wait_until = trio.current_time() + min(time2wait, LONGEST_TIME2WAIT)
+        delay = FIRST_BACK_OFF
+        attempt = 0
+        while True:
+            with trio.CancelScope(deadline=wait_until):
+                await self._changed.wait()  # close() interrupts the wait
+            if self.state is not NexusState.LOST:
+                return False
+            portal = self._portals[attempt % len(self._portals)]
+            attempt += 1
+            try:
+                login = await log_in(
+                    portal,
+                    login_config(self.settings, self.target_name),
+                    isid=self._isid,
+                    limit=self.settings.login_timeout,
+                )
+            except IscsifuseError as error:
+                self._note_failure(error)
+            else:
+                if await self._resume(nursery, login):
+                    return True
+            wait_until = trio.current_time() + delay * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, no secret
+            delay = min(delay * 2, LAST_BACK_OFF)
+
+    def _note_failure(self, error: IscsifuseError) -> None:
+        words = str(error)
+        if words != self._last_error:
+            level = logging.ERROR if isinstance(error, LoginError) else logging.INFO
+            log.log(level, "%s: can't log in again: %s", self.target_name, words)
+        self._last_error = words
+
+    async def _resume(self, nursery: trio.Nursery, login: LoggedIn) -> bool:
+        """Prove the disks on a new session, then let commands flow; whether it worked."""
+        session = Session(login, self.settings, self.statistics)
+        nursery.start_soon(session.run)
+        unsettled: list[Guard] = []
+
+        async def prove(guard: Guard) -> None:
+            if not await guard(session):
+                unsettled.append(guard)
+
+        try:
+            with plain_errors():
+                async with trio.open_nursery() as guards:
+                    for guard in self._guards:
+                        guards.start_soon(prove, guard)
+        except SessionLostError as error:
+            self._note_failure(error)
+            session.fail(error)
+        if session.error is not None or self.state is not NexusState.LOST:
+            session.fail(SessionLostError("the session is not needed any more"))
+            await session.wait_ended()
+            return False
+        self._session = session
+        self.portal = login.portal
+        self.reconnects += 1
+        self._enter(NexusState.LOGGED_IN)
+        log.warning("%s: logged in again at %s", self.target_name, login.portal)
+        for guard in unsettled:
+            nursery.start_soon(self._ask_again, guard, session)
+        return True
+
+    async def _ask_again(self, guard: Guard, session: Session) -> None:
+        """Call a guard until it has settled things, or the session is lost (the next one calls it anyway)."""
+        with suppress(SessionLostError):
+            while session.error is None and self.state is not NexusState.CLOSED:
+                await trio.sleep(ASK_AGAIN_AFTER)
+                if session.error is None and await guard(session):
+                    return
+
+
+async def _first_login(portals: Sequence[Portal], config: LoginConfig, *, isid: bytes, limit: float) -> LoggedIn:
+    """The first login that works, portal by portal; only a portal that can't be reached makes room for the next."""
+    for portal in portals[:-1]:
+        try:
+            return await log_in(portal, config, isid=isid, limit=limit)
+        except (ConnectError, LoginTimeoutError) as error:
+            log.warning("%s; trying the next portal", error)
+    return await log_in(portals[-1], config, isid=isid, limit=limit)
+
+
+@asynccontextmanager
+async def open_nexus(
+    target_name: str,
+    portals: Sequence[Portal],
+    settings: SessionSettings,
+    *,
+    statistics: CommandStatistics | None = None,
+) -> AsyncIterator[Nexus]:
+    """Log in to a target, and out at the end.
+
+    Args:
+        target_name: its iSCSI name.
+        portals: tried in order.
+        settings: how.
+        statistics: counts commands here; by default in a table of its own.
+
+    Raises:
+        ConnectError: no portal could be reached.
+        LoginError: the target refused; see its subclasses.
+        ProtocolError: the target broke the standard.
+
+    Exceptions of the body pass through unchanged, not in a group.
+
+    Cancellation: logs out all the same, bounded in time.
+    """
+    isid = make_isid()
+    config = login_config(settings, target_name)
+    login = await _first_login(portals, config, isid=isid, limit=settings.login_timeout)
+    nexus = Nexus(target_name, portals, settings, statistics or CommandStatistics(), login, isid)
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nexus.run)
+            try:
+                yield nexus
+            finally:
+                with trio.CancelScope(shield=True):
+                    await nexus.close()
+                nursery.cancel_scope.cancel()

@@ -1,0 +1,428 @@
+"""One session of one login: commands go out, answers come back, until it ends.
+
+**Tasks.** One reader and one writer own the connection; a watchdog owns its clock. None of them raises: whatever ends
+the session is kept in ``error``, every waiter gets a SessionLostError of its own, and `run` returns.
+
+**A command** is submitted by whoever wants it, in a plain call that puts it on the wire if window and socket allow
+it; then its task sleeps until the reader wakes it. There is no hop through a queue. A caller that is cancelled sleeps
+on: the target may still read from or write into the command's memory, so `execute` ends only with the status, the
+deadline, or the session (each of which is sure to come).
+
+**Time.** A command past its deadline is aborted (ABORT TASK); an abort that isn't answered ends the session. A
+connection on which nothing came for a while is pinged; a ping that isn't answered, by whatever bytes, ends it too.
+
+Source: RFC 7143 §4.2, §7, §11.5, §11.9, §11.18.
+"""
+
+import contextlib
+import logging
+from functools import partial
+from typing import cast
+
+import trio
+
+from iscsifuse.errors import (
+    CommandTimeoutError,
+    IscsifuseError,
+    ProtocolError,
+    ReadOnlyError,
+    SessionLostError,
+)
+from iscsifuse.initiator.login import LoggedIn
+from iscsifuse.initiator.settings import SessionSettings
+from iscsifuse.initiator.statistics import CommandRow, CommandStatistics
+from iscsifuse.iscsi.connection import Connection, Event
+from iscsifuse.iscsi.request import LogoutRequest, NopOut, TaskFunction, TaskManagementRequest
+from iscsifuse.iscsi.response import (
+    AsyncEvent,
+    AsyncMessage,
+    LogoutResponse,
+    NopIn,
+    Reject,
+    TaskManagementResponse,
+    TaskResponse,
+)
+from iscsifuse.iscsi.tasks import Task
+from iscsifuse.scsi import cdb as cdbs
+from iscsifuse.scsi.allow import is_harmless
+
+__all__ = ["Session"]
+
+log = logging.getLogger(__name__)
+
+PING_AFTER = 5.0
+"""Seconds without a received byte after which the target is pinged."""
+PING_LIMIT = 5.0
+"""Seconds that it has to answer."""
+ABORT_LIMIT = 10.0
+"""Seconds that a target has to answer a task management function."""
+LOGOUT_LIMIT = 5.0
+"""Seconds that it has to answer a logout."""
+_TICK = 1.0
+_RECEIVES_PER_TURN = 16
+
+_GOOD = 0
+_SERVICE_ACTIONS = frozenset({0x9E, 0x9F, 0xA3, 0xA4, 0x7F})
+
+
+class Session:
+    """A session in its full feature phase.
+
+    Args:
+        login: what the login left; the session owns its transport from now on.
+        settings: deadlines, and whether it is read-only.
+        statistics: where its commands are counted.
+
+    Attributes:
+        connection: the protocol object.
+        transport: the bytes.
+        error: why it ended; None while it lives.
+        time2wait: seconds to wait before the next login, as the target asked.
+    """
+
+    def __init__(self, login: LoggedIn, settings: SessionSettings, statistics: CommandStatistics) -> None:
+        result = login.result
+        self.transport = login.transport
+        self.connection = Connection(
+            result.parameters,
+            cmd_sn=result.next_cmd_sn,
+            exp_stat_sn=result.exp_stat_sn,
+            exp_cmd_sn=result.exp_cmd_sn,
+            max_cmd_sn=result.max_cmd_sn,
+        )
+        self.tsih = result.tsih
+        self.error: IscsifuseError | None = None
+        self.time2wait: float = result.parameters.default_time2wait
+        self._settings = settings
+        self._statistics = statistics
+        self._rows: dict[int, CommandRow] = {}
+        self._early = login.received
+        self._scope = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+        self._ended = trio.Event()
+        self._logging_out = False
+        self._idle = trio.Event()  # set once nothing is under way any more after the logout began
+        self._logged_out = trio.Event()
+        self._aborts: dict[int, tuple[Task, float]] = {}
+        self._ping: float | None = None
+        self.transport.on_broken = self.fail
+
+    # -- for callers -----------------------------------------------------------------------------------------------
+
+    async def execute(
+        self,
+        cdb: bytes,
+        *,
+        lun: bytes,
+        buffer_in: memoryview | None = None,
+        buffer_out: memoryview | None = None,
+        exact: bool = False,
+    ) -> Task:
+        """Carry out one SCSI command.
+
+        Args:
+            cdb: at most 16 bytes.
+            lun: 8 bytes.
+            buffer_in: where data goes; its content is undefined unless this returns.
+            buffer_out: what is written; must not change until this returns or raises.
+            exact: whether a success with fewer bytes than ``buffer_in`` holds is an error.
+
+        Returns:
+            The task, done, with a status that the caller judges.
+
+        Raises:
+            ReadOnlyError: the session is read-only and the command could change the medium; nothing was sent.
+            SessionLostError: the session ended; whether the command was executed is unknown.
+            CommandTimeoutError: its deadline passed; it was aborted.
+            TransferError: GOOD status, but not every byte was moved.
+            DigestError: received data was damaged on the way.
+
+        Cancellation: is not delivered before the command has ended, since its memory is in use until then.
+        """
+        if self._settings.read_only and not is_harmless(cdb):
+            raise ReadOnlyError(f"{cdbs.name(cdb)} was held back: the disk is attached read-only")
+        if self.error is not None or self._logging_out:
+            raise SessionLostError(self._why())
+        task = Task(cdb, lun=lun, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact)
+        task.started = trio.current_time()
+        self.connection.submit(task)
+        self._send()
+        if not task.done:
+            # Invariant: between submit and here nothing was awaited, so the reader can't have finished it unseen.
+            task.waiter = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(_not_now)
+        self._count(task)
+        error = task.error
+        if buffer_out is not None and (error is not None or task.status != _GOOD) and self.transport.pending:
+            # It ended before all of its data was sent. What the target throws away may still wait for the socket.
+            self.transport.own_pending()
+        if error is not None:
+            if isinstance(error, SessionLostError):
+                raise SessionLostError(str(error))
+            raise error
+        return task
+
+    async def logout(self) -> None:
+        """Log out: after the commands that are under way, before any other. Returns when the session has ended.
+
+        Cancellation: ends the session without ceremony.
+        """
+        if self.error is None and not self._logging_out:
+            self._logging_out = True
+            await self._log_out(SessionLostError("the session was logged out"), patience=LOGOUT_LIMIT)
+        await self._ended.wait()
+
+    async def _log_out(self, reason: SessionLostError, *, patience: float) -> None:
+        """Say good-bye once nothing is under way any more, or in the end anyway; the session has failed then."""
+        try:
+            with trio.move_on_after(LOGOUT_LIMIT):
+                with trio.move_on_after(min(patience, 0.8 * LOGOUT_LIMIT)):  # the rest is for the logout
+                    if not self.connection.idle:
+                        await self._idle.wait()
+                if self.error is None:
+                    idle = self.connection.idle
+                    self.connection.request(LogoutRequest())
+                    self._send()
+                    if idle:  # else the answers of commands would have to be answered, and nothing may follow
+                        await self._logged_out.wait()
+        finally:
+            self.fail(reason)
+
+    async def wait_ended(self) -> None:
+        """Wait until `run` has returned."""
+        await self._ended.wait()
+
+    def fail(self, error: IscsifuseError) -> None:
+        """End the session: close the connection and wake everybody with SessionLostError."""
+        if self.error is not None:
+            return
+        self.error = error
+        self.transport.close()
+        lost = error if isinstance(error, SessionLostError) else SessionLostError(str(error))
+        for task in self.connection.take_events():
+            if isinstance(task, Task):
+                _wake(task)
+        for task in self.connection.fail_all(lost):
+            _wake(task)
+        self._idle.set()
+        self._logged_out.set()
+        self._scope.cancel()
+
+    # -- the tasks of the session ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep the session alive until it ends; its reason is then in ``error``. Raises nothing but Cancelled."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self._read)
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._watch)
+        finally:
+            self.fail(SessionLostError("the session was closed"))
+            self._ended.set()
+
+    async def _read(self) -> None:
+        try:
+            if self._early:
+                self._handle(self.connection.feed(self._early))
+                self._send()
+            await self._read_on()
+        except (IscsifuseError, trio.ClosedResourceError) as error:
+            self.fail(error if isinstance(error, IscsifuseError) else SessionLostError("the connection was closed"))
+
+    async def _read_on(self) -> None:
+        connection = self.connection
+        transport = self.transport
+        turn = 0
+        while True:
+            count = transport.receive_now(connection.buffers())
+            if count is None:
+                turn = 0
+                await transport.wait_readable()
+                continue
+            if count == 0:
+                raise SessionLostError(f"{transport.portal} closed the connection")
+            events = connection.received(count)
+            if events:
+                self._handle(events)
+            if connection.output:
+                self._send()
+            turn += 1
+            if turn == _RECEIVES_PER_TURN:
+                # Those who were woken shall run, even if the target never pauses.
+                turn = 0
+                await trio.lowlevel.checkpoint()
+            if self.error is not None:
+                return
+
+    async def _write(self) -> None:
+        with contextlib.suppress(trio.ClosedResourceError):
+            await self.transport.run_writer()
+
+    async def _watch(self) -> None:
+        """Deadlines and pings, looked at once a tick: cheaper than a timer for each command."""
+        heard = self.transport.bytes_received
+        heard_at = trio.current_time()
+        while True:
+            await trio.sleep(_TICK)
+            now = trio.current_time()
+            if self.transport.bytes_received != heard:
+                heard = self.transport.bytes_received
+                heard_at = now
+                self._ping = None
+            elif self._ping is not None:
+                if now - self._ping >= PING_LIMIT:
+                    silence = f"{self.transport.portal} has been silent for {now - heard_at:.0f} seconds"
+                    self.fail(SessionLostError(silence))
+                    return
+            elif now - heard_at >= PING_AFTER and not self._logging_out:  # nothing may follow a logout
+                self._ping = now
+                self.connection.request(NopOut(immediate=True))
+                self._send()
+            self._expire(now)
+
+    def _expire(self, now: float) -> None:
+        """Abort commands whose deadline has passed; give up the session where that isn't answered either."""
+        limit = self._settings.timeout
+        for _, since in self._aborts.values():
+            if now - since >= ABORT_LIMIT:
+                self._time_out_aborted()
+                self.fail(SessionLostError(f"{self.transport.portal} did not answer the abortion of a command"))
+                return
+        for task in list(self.connection.queue):
+            if now - task.started < limit:
+                break
+            self.connection.abandon(task, CommandTimeoutError(f"the target took no command for {limit:g} seconds"))
+            _wake(task)
+        aborting = {id(task) for task, _ in self._aborts.values()}
+        for task in list(self.connection.tasks.values()):
+            if now - task.started < limit:
+                break  # ordered by age
+            if id(task) not in aborting:
+                log.warning("%s took longer than %g seconds: aborting it", cdbs.name(task.cdb), limit)
+                itt = self.connection.request(
+                    TaskManagementRequest(
+                        function=TaskFunction.ABORT_TASK,
+                        lun=task.lun,
+                        referenced_task_tag=task.itt,
+                        ref_cmd_sn=task.cmd_sn,
+                    )
+                )
+                self._aborts[itt] = (task, now)
+        self._send()
+        self._note_idle()
+
+    def _time_out_aborted(self) -> None:
+        """End the commands that can't be aborted: a new session won't do them any good, their time is over."""
+        for task, _ in self._aborts.values():
+            if not task.done:
+                self._time_out(task)
+
+    def _time_out(self, task: Task) -> None:
+        limit = self._settings.timeout
+        self.connection.abandon(
+            task, CommandTimeoutError(f"the target did not finish {cdbs.name(task.cdb)} within {limit:g} seconds")
+        )
+        _wake(task)
+
+    def _note_idle(self) -> None:
+        if self._logging_out and self.connection.idle:
+            self._idle.set()
+
+    # -- what the target says --------------------------------------------------------------------------------------
+
+    def _handle(self, events: list[Event]) -> None:
+        """Act on events. Tasks come first: no exception of the others may leave one of them asleep."""
+        others: list[Event] = []
+        for event in events:
+            if isinstance(event, Task):
+                _wake(event)
+            else:
+                others.append(event)
+        for event in others:
+            if isinstance(event, NopIn):
+                self._ping = None
+            elif isinstance(event, TaskManagementResponse):
+                self._on_aborted(event)
+            elif isinstance(event, LogoutResponse):
+                self._on_logout(event)
+            elif isinstance(event, AsyncMessage):
+                self._on_async(event)
+            elif isinstance(event, Reject):
+                raise ProtocolError(f"the target rejected a PDU (reason {event.reason:#04x})")
+        self._note_idle()
+
+    def _on_aborted(self, answer: TaskManagementResponse) -> None:
+        task, _ = self._aborts.pop(answer.itt, (None, 0.0))
+        if task is None or task.done:
+            return
+        self._time_out(task)
+        if answer.response not in (TaskResponse.FUNCTION_COMPLETE, TaskResponse.TASK_DOES_NOT_EXIST):
+            self._time_out_aborted()
+            # It may go on with the command as long as the session lives.
+            raise ProtocolError(f"the target refused to abort a command (response {answer.response})")
+
+    def _on_logout(self, answer: LogoutResponse) -> None:
+        self.time2wait = answer.time2wait
+        self._logged_out.set()
+
+    def _on_async(self, message: AsyncMessage) -> None:
+        """Source: RFC 7143 §11.9.1."""
+        match message.event:
+            case AsyncEvent.LOGOUT_REQUESTED:
+                self._leave("the target asked for a logout", within=message.parameter3)
+            case AsyncEvent.CONNECTION_DROPPED | AsyncEvent.SESSION_DROPPED:
+                self.time2wait = message.parameter2
+                raise SessionLostError("the target announced that it drops the session")
+            case AsyncEvent.NEGOTIATION_REQUESTED:
+                self._leave("the target asked for a new negotiation", within=message.parameter3)
+            case _:
+                log.info("asynchronous message, event %d", message.event)
+
+    def _leave(self, why: str, *, within: float) -> None:
+        """Log out within so many seconds. What isn't done by half of them is replayed on the next session."""
+        if not self._logging_out and self._nursery is not None:
+            self._logging_out = True
+            log.info("%s: %s", self.transport.portal, why)
+            self._nursery.start_soon(partial(self._log_out, SessionLostError(why), patience=within / 2))
+
+    # -- small things ----------------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        """Give the transport what the connection has put out."""
+        output = self.connection.output
+        if output:
+            self.connection.output = []
+            self.transport.send(output)
+
+    def _why(self) -> str:
+        return str(self.error) if self.error is not None else "the session is being logged out"
+
+    def _count(self, task: Task) -> None:
+        cdb = task.cdb
+        key = cdb[0] | (cdb[1] & 0x1F) << 8 if cdb[0] in _SERVICE_ACTIONS else cdb[0]
+        row = self._rows.get(key)
+        if row is None:
+            row = self._rows[key] = self._statistics.row(cdbs.name(cdb), opcode=cdb[0])
+        if task.status < 0:
+            row.lost += 1
+            return
+        row.add(
+            seconds=trio.current_time() - task.started,
+            transferred=task.received or task.solicited,
+            error=task.status != _GOOD or task.error is not None,
+        )
+
+
+def _wake(task: Task) -> None:
+    """Let the submitter of a task go on."""
+    waiter, task.waiter = task.waiter, None
+    if waiter is not None:
+        trio.lowlevel.reschedule(cast("trio.lowlevel.Task", waiter))
+
+
+def _not_now(_: object) -> trio.lowlevel.Abort:
+    """A cancellation has to wait until the command has ended."""
+    return trio.lowlevel.Abort.FAILED
