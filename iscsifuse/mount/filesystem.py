@@ -1,0 +1,355 @@
+"""One mount, from the first login to the last word: the life of a daemon.
+
+::
+
+    assembling ──> mounted ──(unmounted by somebody)──────────────────> writing back ──> logging out
+        │             │                                                  ^
+        │             └──(signal)──> unmounting politely ──(done)────────┤
+        │                                │                               │
+        │                                └──(busy)──> closing ───────────┘  no new opens; then cut off
+        └──(signal, error)──> nothing was mounted; log out
+
+Rules:
+
+* Nothing stays mounted, whatever happens: from the moment that ``attach`` has returned, ``_detach`` is in a finally.
+* An unmount by anybody (umount, fusermount3) ends ``pyfuse3.main``, which is the normal end.
+* Write-back comes before logout, and has a deadline. A second signal makes the deadline now.
+* Never a FUSE request of our own from the thread that serves them. Invalidations go through a worker thread: the
+  kernel lets them wait for pages that a pending read holds.
+"""
+
+import dataclasses
+import gc
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from iscsifuse.cache import Handle
+from iscsifuse.errors import IscsifuseError, MountError, UsageError
+from iscsifuse.initiator.groups import plain_errors
+from iscsifuse.mount.assembly import Assembly
+from iscsifuse.mount.attach import attach, unmount
+from iscsifuse.mount.channel import Channel
+from iscsifuse.mount.kernel import keep_awake, prepare_process, tune_mount
+from iscsifuse.mount.mountinfo import MountEntry, find_mount, is_dead
+from iscsifuse.mount.operations import DiskOperations
+from iscsifuse.mount.plan import MountPlan
+from iscsifuse.mount.report import StatusReport
+from iscsifuse.mount.tree import Disk, Permissions, Tree
+
+__all__ = ["EXIT_FAILURE", "EXIT_INTERRUPTED", "EXIT_SOME", "Assemble", "build_tree", "serve"]
+
+log = logging.getLogger(__name__)
+
+EXIT_INTERRUPTED = 8
+EXIT_FAILURE = 32
+EXIT_SOME = 64
+
+WORKERS = 128
+"""pyfuse3's tasks, all of which stay once they are there: requests that can be under way at once."""
+_CONNECT_LIMIT = 30.0
+_POLITE_LIMIT = 10.0
+_STOP_LIMIT = 60.0
+"""Seconds for the last write-back after a signal. systemd's patience is 90 s."""
+_ENDLESS = 600.0
+"""Stands for a reconnect_timeout that has no end, once somebody wants to go."""
+_SLACK = 10.0
+
+Assemble = Callable[[MountPlan], AbstractAsyncContextManager[Assembly]]
+
+
+def build_tree(plan: MountPlan, assembly: Assembly, *, on_file: bool) -> Tree:
+    """The tree that a URL stands for.
+
+    Args:
+        plan: says whether the URL names a portal or a target.
+        assembly: the disks.
+        on_file: the mount point is a regular file.
+
+    Raises:
+        UsageError: several disks for one file.
+        FormatError: a target's name that can't be shown.
+    """
+    permissions = Permissions(
+        uid=os.getuid() if plan.uid is None else plan.uid,
+        gid=os.getgid() if plan.gid is None else plan.gid,
+        mode=plan.mode,
+        shared=plan.allow_other,
+    )
+    if not on_file:
+        return Tree.of_directory(assembly.disks, permissions, by_target=plan.target_name is None)
+    if len(assembly.disks) != 1:
+        raise UsageError(f"{plan.mountpoint} is a file, so the URL has to name one LUN")
+    return Tree.of_file(assembly.disks[0], permissions)
+
+
+class _Stop:
+    """What signals ask for."""
+
+    def __init__(self) -> None:
+        self.asked = trio.Event()
+        self.hurry = trio.Event()
+        self.mounted = False
+
+    async def watch(self, signals: AsyncIterator[int], whole: trio.CancelScope) -> None:
+        """Before anything is mounted a signal ends it all; then the first one unmounts, the second one hurries."""
+        async for number in signals:
+            if self.asked.is_set():
+                self.hurry.set()
+            else:
+                log.info("%s: ending", signal.Signals(number).name)
+                self.asked.set()
+            if not self.mounted:
+                whole.cancel()
+
+
+async def serve(plan: MountPlan, *, ready: Callable[[bool], None], assemble: Assemble) -> int:
+    """Mount, serve until the end, write back, log out.
+
+    Args:
+        plan: what to mount.
+        ready: called once the mount is usable, with whether it is partial. What it raises ends the mount.
+        assemble: makes the disks.
+
+    Returns:
+        Bits of mount(8): 0; EXIT_INTERRUPTED, where a signal came before there was a mount; EXIT_FAILURE, where
+        something could not be written back.
+
+    Raises:
+        IscsifuseError: nothing was mounted, or the mount broke down. Nothing is mounted any more.
+    """
+    # Resolved now: once it is mounted, looking at it would be a request to ourselves.
+    plan = dataclasses.replace(plan, mountpoint=Path(os.path.realpath(plan.mountpoint)))  # noqa: ASYNC240
+    prepare_process()
+    stop = _Stop()
+    code = EXIT_INTERRUPTED
+    with (
+        plain_errors(),
+        keep_awake(),
+        trio.open_signal_receiver(*_signals()) as signals,
+    ):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop.watch, signals, nursery.cancel_scope)
+            async with assemble(plan) as assembly:
+                code = await _Mount(plan, assembly, stop).run(ready)
+            nursery.cancel_scope.cancel()
+    return code
+
+
+def _signals() -> list[signal.Signals]:
+    """The signals that end a mount; not those that whoever started us had us ignore (nohup)."""
+    return [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+
+
+class _Mount:
+    def __init__(self, plan: MountPlan, assembly: Assembly, stop: _Stop) -> None:
+        self._plan = plan
+        self._assembly = assembly
+        self._stop = stop
+        self._tree = build_tree(plan, assembly, on_file=plan.mountpoint.is_file())
+        patience = plan.session.reconnect_timeout
+        self._patience = (patience if patience >= 0 else _ENDLESS) + plan.session.timeout + _SLACK
+        self._report = StatusReport(
+            plan=plan,
+            tree=self._tree,
+            sessions=assembly.sessions,
+            statistics=assembly.statistics,
+            stop_timeout=self._patience + _SLACK,
+            details=assembly.details,
+        )
+        self._operations = DiskOperations(
+            self._tree,
+            status=self._report.as_json,
+            read_only=not plan.read_write,
+            direct_io=plan.direct_io,
+        )
+        # Opened before anybody writes, so it is told of every error that happens from now on.
+        self._keepers: dict[Disk, Handle] = {disk: disk.file.open() for disk in assembly.disks if disk.writable}
+        self._inodes = {node.disk: node.inode for node in self._tree.disk_nodes()}
+        self._main = trio.CancelScope()
+        self._ended = trio.Event()
+        self._broken: Exception | None = None
+        self._changed: set[int] = set()
+        self._change = trio.Event()
+        self._invalidating = False
+        self._device = ""
+
+    async def run(self, ready: Callable[[bool], None]) -> int:
+        plan = self._plan
+        attach(self._operations, plan)
+        self._stop.mounted = True
+        try:
+            with plain_errors():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._serve_requests)
+                    entry = await self._connected()
+                    self._device = entry.device
+                    tune_mount(entry, read_ahead=0 if plan.direct_io else plan.read_ahead)
+                    channel = Channel(entry.device, status=self._report.document, may_listen=self._may_listen)
+                    nursery.start_soon(channel.serve)
+                    nursery.start_soon(self._invalidate)
+                    self._assembly.on_change = self._note_change
+                    gc.freeze()  # What is there now stays: the collector needn't look at it again and again.
+                    ready(self._assembly.partial)
+                    errors = await self._until_the_end(channel)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._detach()
+        if self._broken is not None:
+            raise MountError(f"the mount broke down: {self._broken!r}") from self._broken
+        return EXIT_FAILURE if errors else 0
+
+    # -- serving ----------------------------------------------------------------------------------------------------
+
+    async def _serve_requests(self) -> None:
+        try:
+            with self._main:
+                await pyfuse3.main(min_tasks=WORKERS, max_tasks=WORKERS)
+        except Exception as error:
+            self._broken = error
+            log.critical("the mount broke down", exc_info=error)
+        finally:
+            self._ended.set()
+
+    async def _connected(self) -> MountEntry:
+        """Wait until the kernel has shaken hands; the mount as the mount table has it."""
+        with trio.move_on_after(_CONNECT_LIMIT):
+            while not self._operations.connected.is_set():
+                if self._ended.is_set():
+                    break
+                await _first_of(self._operations.connected, self._ended)
+        entry = find_mount(self._plan.mountpoint)
+        if self._broken is not None or not self._operations.connected.is_set() or entry is None:
+            raise MountError(f"{self._plan.mountpoint}: the kernel did not take up the mount") from self._broken
+        return entry
+
+    def _may_listen(self, uid: int) -> bool:
+        return self._plan.allow_other or uid in (0, os.geteuid(), self._tree.permissions.uid)
+
+    def _note_change(self, disk: Disk) -> None:
+        log.warning("LUN %d of %s has changed; it has %d bytes now", disk.lun, disk.target, disk.file.size)
+        self._changed.add(self._inodes[disk])
+        self._change.set()
+
+    async def _invalidate(self) -> None:
+        """Have the kernel drop the pages and attributes of disks that changed."""
+        while True:
+            await self._change.wait()
+            self._change = trio.Event()
+            while self._changed:
+                inode = pyfuse3.InodeT(self._changed.pop())
+                self._invalidating = True
+                try:
+                    # Abandoned rather than waited for: it may hang on a request that is never answered now.
+                    await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True)
+                except OSError as error:
+                    # ENOENT: the kernel doesn't know the file, so there is nothing to drop.
+                    log.debug("invalidate inode %d: %s", inode, error)
+                self._invalidating = False
+
+    # -- ending -----------------------------------------------------------------------------------------------------
+
+    async def _until_the_end(self, channel: Channel) -> list[str]:
+        await _first_of(self._ended, self._stop.asked)
+        patience = self._patience
+        if not self._ended.is_set():
+            patience = min(patience, _STOP_LIMIT)
+            await self._unmount_politely()
+        if self._ended.is_set():
+            channel.stop_listening()
+        errors = await self._write_back(patience)
+        for error in errors:
+            log.error("%s", error)
+        self._main.cancel()
+        await channel.say_farewell(errors)
+        return errors
+
+    async def _unmount_politely(self) -> None:
+        """What umount(8) does: the kernel writes back what it has, and no more requests come. Or it is busy."""
+        mountpoint = str(self._plan.mountpoint)
+        problem: Exception | None = None
+
+        def try_to() -> None:
+            unmount(mountpoint)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_after, self._stop.hurry, nursery.cancel_scope)
+            with trio.move_on_after(_POLITE_LIMIT) as limit:
+                try:
+                    await trio.to_thread.run_sync(try_to, abandon_on_cancel=True)
+                    await self._ended.wait()
+                except (IscsifuseError, OSError) as error:
+                    problem = error
+            nursery.cancel_scope.cancel()
+        if self._ended.is_set():
+            return
+        self._operations.closing = True
+        reason = "does not come to rest" if limit.cancelled_caught else str(problem or "interrupted again")
+        log.warning("%s; programs that still use it will get errors", reason)
+
+    async def _write_back(self, patience: float) -> list[str]:
+        """Bring everything to stable storage; sentences about what couldn't be."""
+        errors: list[str] = []
+        waiting = set(self._operations.unsynced())
+
+        async def one(disk: Disk) -> None:
+            try:
+                await disk.file.sync(self._keepers[disk])
+            except IscsifuseError as error:
+                errors.append(f"LUN {disk.lun} of {disk.target}: {error}")
+            except Exception as error:
+                log.exception("writing back LUN %d of %s failed unexpectedly", disk.lun, disk.target)
+                errors.append(f"LUN {disk.lun} of {disk.target}: {error!r}")
+            waiting.discard(disk)
+
+        with trio.move_on_after(patience):
+            async with trio.open_nursery() as nursery:
+                async with trio.open_nursery() as disks:
+                    nursery.start_soon(_cancel_after, self._stop.hurry, nursery.cancel_scope)
+                    for disk in list(waiting):
+                        disks.start_soon(one, disk)
+                nursery.cancel_scope.cancel()
+        errors.extend(
+            f"LUN {disk.lun} of {disk.target}: not everything could be written back in time; "
+            f"{disk.file.stats().dirty_bytes} bytes are lost"
+            for disk in waiting
+        )
+        return errors
+
+    def _detach(self) -> None:
+        """Whatever is still mounted goes; whoever still waits for an answer gets an error."""
+        # Where a thread is inside libfuse, its session must not be destroyed; the process ends soon anyway.
+        if not self._invalidating:
+            pyfuse3.close(unmount=True)
+        entry = find_mount(self._plan.mountpoint)
+        if entry is None or entry.device != self._device:
+            return
+        # libfuse takes a connection that was aborted (/sys/fs/fuse/connections) for an unmounted one. And it may be
+        # the next mount already, with a number that is free again: that one lives.
+        if self._invalidating or is_dead(entry.mountpoint):
+            try:
+                unmount(entry.mountpoint, lazy=True)
+            except (IscsifuseError, OSError) as error:
+                log.warning("%s", error)
+
+
+async def _first_of(*events: trio.Event) -> None:
+    """Wait until one of the events is set."""
+    async with trio.open_nursery() as nursery:
+        for event in events:
+            nursery.start_soon(_cancel_after, event, nursery.cancel_scope)
+
+
+async def _cancel_after(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

@@ -1,0 +1,366 @@
+"""What the kernel asks for, and the answers: pyfuse3's operations on a ``Tree``.
+
+The hot path is ``read`` and ``write``: one dictionary look-up, one await of the file's own method, and the buffer
+goes back to pyfuse3, which copies it to the kernel before anything else runs (that is why a slice of the cache may be
+handed out).
+
+Invariants:
+
+* A read is answered with exactly the bytes that were asked for, or with an error; fewer only at the end of the disk.
+  A short answer in mid-file would make the kernel believe that the file has shrunk.
+* Nothing but ``FUSEError`` leaves an operation (``translate``).
+* The size of a disk is what its file says at this moment. Truncation, O_TRUNC and growth don't exist: a disk has the
+  size it has.
+* ``getxattr`` is answered with ENOSYS, once, which means "never again". The kernel would otherwise ask for
+  security.capability before *every* write(2), at twice the cost of a small write.
+"""
+
+# ruff: noqa: ARG002 - the signatures are pyfuse3's
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import pyfuse3
+import trio
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from iscsifuse.cache import BlockFile, Buffer, Handle
+from iscsifuse.mount.translate import never_enosys, translated
+from iscsifuse.mount.tree import Disk, Node, NodeKind, Tree
+
+__all__ = ["DiskOperations"]
+
+ATTRIBUTES_LAST = 3600.0
+"""Seconds that the kernel may keep names and attributes. A size that changes is told to it."""
+_BLOCK_SIZE = 4096
+"""``st_blksize`` and ``f_bsize``. The same for every disk: the kernel's page cache works with it."""
+_SECTOR = 512
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
+_NAME_MAX = 255
+
+
+class _Writes:
+    """How many writes a disk has had, and how many of them a successful fsync has covered."""
+
+    __slots__ = ("count", "synced")
+
+    def __init__(self) -> None:
+        self.count = self.synced = 0
+
+
+class _OpenDisk:
+    """A disk that a program has opened."""
+
+    __slots__ = ("direct", "file", "handle", "writable", "writes")
+
+    def __init__(self, file: BlockFile, writes: _Writes, *, writable: bool, direct: bool) -> None:
+        self.file = file
+        self.writes = writes
+        self.handle: Handle = file.open()
+        self.writable = writable
+        self.direct = direct
+
+    async def read(self, offset: int, size: int) -> Buffer:
+        length = min(size, self.file.size - offset)
+        if length <= 0:
+            return b""
+        data = await self.file.read(offset, length)
+        if len(data) != length and len(data) != self.file.size - offset:
+            raise FUSEError(errno.EIO)
+        return data
+
+
+class _OpenStatus:
+    """The status file as it was when a program opened it."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    async def read(self, offset: int, size: int) -> Buffer:
+        return self._data[offset : offset + size]
+
+
+class DiskOperations(pyfuse3.Operations):
+    """The file system.
+
+    Args:
+        tree: names and inodes.
+        status: makes the content of the status file.
+        read_only: no file may be written to.
+        direct_io: the kernel is to cache nothing.
+
+    Attributes:
+        connected: set once the kernel has shaken hands: the mount is usable from then on.
+        closing: no more files can be opened, since the daemon is about to end.
+    """
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False  # It would lose write errors, and let O_TRUNC change the size.
+
+    def __init__(self, tree: Tree, *, status: Callable[[], bytes], read_only: bool, direct_io: bool) -> None:
+        super().__init__()
+        self.connected = trio.Event()
+        self.closing = False
+        self._tree = tree
+        self._status = status
+        self._read_only = read_only
+        self._direct_io = direct_io
+        self._next = 1
+        self._disks: dict[int, _OpenDisk] = {}
+        self._writes = {node.disk: _Writes() for node in tree.disk_nodes() if node.disk is not None}
+        self._readable: dict[int, _OpenDisk | _OpenStatus] = {}
+        self._listings: dict[int, list[Node]] = {}
+
+    def unsynced(self) -> list[Disk]:
+        """The disks that were written to since their last successful fsync."""
+        return [disk for disk, writes in self._writes.items() if writes.count != writes.synced]
+
+    def init(self) -> None:
+        """Called by pyfuse3 when the kernel has connected."""
+        self.connected.set()
+
+    # -- names and attributes ---------------------------------------------------------------------------------------
+
+    @translated
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        """A name in a directory."""
+        node = self._tree.lookup(parent_inode, name)
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        return self._attributes(node)
+
+    @translated
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        """stat(2)."""
+        return self._attributes(self._node(inode))
+
+    @translated
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """Truncation and times: accepted, and nothing changes. Modes and owners: only what they are already."""
+        node = self._node(inode)
+        permissions = self._tree.permissions
+        if (
+            (fields.update_mode and stat.S_IMODE(attr.st_mode) != stat.S_IMODE(node.mode))
+            or (fields.update_uid and attr.st_uid != permissions.uid)
+            or (fields.update_gid and attr.st_gid != permissions.gid)
+        ):
+            raise FUSEError(errno.EPERM)
+        return self._attributes(node)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        """The kernel forgets inodes; the tree doesn't."""
+
+    @translated
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """A file system that is full: the disks, and no room for anything else."""
+        data = StatvfsData()
+        data.f_bsize = _BLOCK_SIZE
+        data.f_frsize = _SECTOR
+        data.f_blocks = self._tree.size // _SECTOR
+        data.f_files = sum(1 for _ in self._tree.nodes())
+        data.f_namemax = _NAME_MAX
+        return data
+
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        """No extended attributes, and no further questions (see the module)."""
+        raise FUSEError(errno.ENOSYS)
+
+    # -- directories ------------------------------------------------------------------------------------------------
+
+    @translated
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        """Open a directory: what it lists is fixed now."""
+        node = self._node(inode)
+        if node.kind is not NodeKind.DIRECTORY:
+            raise FUSEError(errno.ENOTDIR)
+        number = self._number()
+        self._listings[number] = list(node.listing())
+        return FileHandleT(number)
+
+    @translated
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        """List a directory, from the entry that follows ``start_id``."""
+        for position, node in enumerate(self._listings[fh][start_id:], start_id + 1):
+            if not pyfuse3.readdir_reply(token, FileNameT(node.name.encode()), self._attributes(node), position):
+                return
+
+    @translated
+    async def releasedir(self, fh: FileHandleT) -> None:
+        """Close a directory."""
+        self._listings.pop(fh, None)
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    @translated
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        """Open a file. O_TRUNC is passed over."""
+        node = self._node(inode)
+        if self.closing:
+            raise FUSEError(errno.ESHUTDOWN)
+        if node.kind is NodeKind.DIRECTORY:
+            raise FUSEError(errno.EISDIR)
+        writable = bool(flags & _WRITE_FLAGS)
+        disk = node.disk
+        if disk is None:
+            if writable:
+                raise FUSEError(errno.EACCES)
+            number = self._number()
+            self._readable[number] = _OpenStatus(self._status())
+            return FileInfo(fh=FileHandleT(number), direct_io=True, keep_cache=False)
+        if writable and (self._read_only or not disk.writable):
+            raise FUSEError(errno.EROFS)
+        number = self._number()
+        direct = bool(flags & os.O_DIRECT) and not self._direct_io
+        self._readable[number] = self._disks[number] = _OpenDisk(
+            disk.file, self._writes[disk], writable=writable, direct=direct
+        )
+        return FileInfo(fh=FileHandleT(number), direct_io=self._direct_io, keep_cache=not self._direct_io)
+
+    @translated
+    async def read(self, fh: FileHandleT, off: int, size: int) -> Buffer:  # type: ignore[override]
+        """Read. Any buffer will do for pyfuse3, whatever its type says."""
+        return await self._readable[fh].read(off, size)
+
+    @translated
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        """Write; cut at the end of the disk, and ENOSPC beyond it."""
+        opened = self._disks[fh]
+        file = opened.file
+        if off >= file.size and buf:
+            raise FUSEError(errno.ENOSPC)
+        opened.writes.count += 1
+        written = await file.write(off, buf)
+        if written < len(buf) and opened.direct:
+            # The kernel makes an EIO of a short write with O_DIRECT; this says what it is.
+            raise FUSEError(errno.ENOSPC)
+        return written
+
+    @never_enosys
+    async def flush(self, fh: FileHandleT) -> None:
+        """close(2): wait until everything is written, and tell what failed."""
+        opened = self._disks.get(fh)
+        if opened is not None and opened.writable:
+            await opened.file.drain(opened.handle)
+
+    @never_enosys
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        """Everything that was written is on stable storage, or this is an error."""
+        opened = self._disks.get(fh)
+        if opened is not None and not self._read_only:
+            covered = opened.writes.count
+            await opened.file.sync(opened.handle)
+            opened.writes.synced = max(opened.writes.synced, covered)
+
+    @translated
+    async def release(self, fh: FileHandleT) -> None:
+        """The last file descriptor of an open file is closed. Awaits nothing, so it can't leave anything behind."""
+        self._readable.pop(fh, None)
+        self._disks.pop(fh, None)
+
+    # -- what can't be done -----------------------------------------------------------------------------------------
+
+    def _refuse(self) -> NoReturn:
+        """The tree is what the target has: nothing can be added, removed or renamed, not even by root."""
+        raise FUSEError(errno.EROFS if self._read_only else errno.EPERM)
+
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Refused."""
+        self._refuse()
+
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Refused."""
+        self._refuse()
+
+    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        """Refused."""
+        self._refuse()
+
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Refused."""
+        self._refuse()
+
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Refused."""
+        self._refuse()
+
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        """Refused."""
+        self._refuse()
+
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        """Refused."""
+        self._refuse()
+
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        """Refused."""
+        self._refuse()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _number(self) -> int:
+        number = self._next
+        self._next += 1
+        return number
+
+    def _node(self, inode: int) -> Node:
+        node = self._tree.node(inode)
+        if node is None:
+            raise FUSEError(errno.ESTALE)
+        return node
+
+    def _attributes(self, node: Node) -> EntryAttributes:
+        permissions = self._tree.permissions
+        attributes = EntryAttributes()
+        attributes.st_ino = InodeT(node.inode)
+        attributes.st_mode = ModeT(node.mode)
+        attributes.st_nlink = node.links
+        attributes.st_uid = permissions.uid
+        attributes.st_gid = permissions.gid
+        attributes.st_size = node.size
+        attributes.st_blocks = -(-node.size // _SECTOR)
+        attributes.st_blksize = _BLOCK_SIZE
+        attributes.entry_timeout = ATTRIBUTES_LAST
+        attributes.attr_timeout = ATTRIBUTES_LAST
+        return attributes

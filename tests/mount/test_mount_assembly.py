@@ -1,0 +1,341 @@
+"""From a plan to disks, on targets that are made up: who is left out, and what is said of it."""
+
+# ruff: noqa: ARG002 - the signatures are those of what is replaced
+
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from iscsifuse.cache import BlockDevice
+from iscsifuse.cache import block_file as make_file
+from iscsifuse.errors import AuthenticationError, ConnectError, IscsifuseError, NothingFoundError, ParameterDataError
+from iscsifuse.initiator.settings import DiscoveredTarget, Portal, SessionSettings, TargetPortal
+from iscsifuse.initiator.statistics import CommandStatistics
+from iscsifuse.mount import assembly
+from iscsifuse.mount.assembly import assemble, portals_of
+from iscsifuse.mount.plan import MountPlan
+
+HERE = Portal("10.0.0.1")
+THERE = Portal("10.0.0.2")
+NAMES = [f"iqn.2004-04.com.example:disk{number}" for number in range(4)]
+PLAN = MountPlan(
+    source="iscsi://10.0.0.1/",
+    portal=HERE,
+    target_name=None,
+    lun=None,
+    mountpoint=Path("/mnt"),
+    session=SessionSettings(initiator_name="iqn.2004-04.com.example:us"),
+)
+
+
+@dataclass
+class Inquiry:
+    vendor: str = "IET"
+    product: str = "VIRTUAL-DISK"
+    revision: str = "1"
+
+
+@dataclass
+class Lun:
+    """Looks like a LunDescription."""
+
+    lun: int
+    is_disk: bool = True
+    problem: str | None = None
+    write_protected: bool = False
+    block_length: int = 512
+    serial: str = "S"
+    type_words: str = "storage array controller"
+    inquiry: Inquiry = field(default_factory=Inquiry)
+
+    @property
+    def usable(self) -> bool:
+        return self.is_disk and self.problem is None
+
+
+class Unit:
+    """Looks like a LogicalUnit."""
+
+    def __init__(self, nexus: "Nexus", description: Lun) -> None:
+        self.label = f"LUN {description.lun} of {nexus.target_name}"
+        self.block_length = description.block_length
+        self.block_count = 8
+        self.on_change: Callable[[], None] | None = None
+        nexus.units.append(self)
+
+    async def read_into(self, buffer: memoryview, *, lba: int) -> None:
+        raise AssertionError("not used")
+
+    async def write(self, buffer: memoryview, *, lba: int, fua: bool = False) -> None:
+        raise AssertionError("not used")
+
+    async def flush(self) -> None:
+        raise AssertionError("not used")
+
+
+class Nexus:
+    def __init__(self, target_name: str) -> None:
+        self.target_name = target_name
+        self.units: list[Unit] = []
+
+    def report(self) -> dict[str, object]:
+        return {"target": self.target_name}
+
+
+class San:
+    """The targets behind a portal."""
+
+    def __init__(self) -> None:
+        self.targets: dict[str, list[Lun] | IscsifuseError] = {}
+        self.listed: list[str] | None = None
+        self.logged_in: list[str] = []
+        self.nexuses: dict[str, Nexus] = {}
+        self.settings: SessionSettings | None = None
+        self.login_takes = 0.0
+        self.most_at_once = self._at_once = 0
+        self.slow: set[str] = set()
+
+    async def discover(self, portal: Portal, settings: SessionSettings) -> list[DiscoveredTarget]:
+        assert (portal, settings.read_only) == (HERE, True)
+        await trio.lowlevel.checkpoint()
+        names = self.listed if self.listed is not None else list(self.targets)
+        return [DiscoveredTarget(name, (TargetPortal(HERE, 1),)) for name in names]
+
+    @asynccontextmanager
+    async def open_nexus(
+        self,
+        target_name: str,
+        portals: Sequence[Portal],
+        settings: SessionSettings,
+        *,
+        statistics: CommandStatistics | None = None,
+    ) -> AsyncIterator[Nexus]:
+        assert portals == (HERE,)
+        assert statistics is not None
+        self.settings = settings
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        await trio.sleep(self.login_takes)
+        self._at_once -= 1
+        content = self.targets[target_name]
+        if isinstance(content, IscsifuseError):
+            raise content
+        self.logged_in.append(target_name)
+        self.nexuses[target_name] = Nexus(target_name)
+        try:
+            yield self.nexuses[target_name]
+        finally:
+            with trio.CancelScope(shield=target_name not in self.slow):
+                await trio.sleep(1000 if target_name in self.slow else 0)
+                self.logged_in.remove(target_name)
+
+    async def scan(self, nexus: Nexus, *, only: Collection[int] | None = None) -> list[Lun]:
+        await trio.lowlevel.checkpoint()
+        content = self.targets[nexus.target_name]
+        assert not isinstance(content, IscsifuseError)
+        return [lun for lun in content if only is None or lun.lun in only]
+
+
+@pytest.fixture
+def san(monkeypatch: pytest.MonkeyPatch) -> San:
+    made = San()
+    monkeypatch.setattr(assembly, "discover", made.discover)
+    monkeypatch.setattr(assembly, "open_nexus", made.open_nexus)
+    monkeypatch.setattr(assembly, "scan", made.scan)
+    monkeypatch.setattr(assembly, "LogicalUnit", Unit)
+    return made
+
+
+def only(name: str, **changes: object) -> MountPlan:
+    return replace(PLAN, target_name=name, **changes)  # type: ignore[arg-type]
+
+
+async def test_all_disks_of_all_targets_in_order(san: San) -> None:
+    san.login_takes = 0.01
+    san.targets = {NAMES[1]: [Lun(0, is_disk=False), Lun(1), Lun(2)], NAMES[0]: [Lun(1)]}
+    async with assemble(PLAN) as made:
+        assert [(disk.target, disk.lun, disk.writable) for disk in made.disks] == [
+            (NAMES[1], 1, False),
+            (NAMES[1], 2, False),
+            (NAMES[0], 1, False),
+        ]
+        assert not made.partial
+        assert [session.report()["target"] for session in made.sessions] == [NAMES[1], NAMES[0]]
+        assert made.details[made.disks[0]]["vendor"] == "IET"
+        assert sorted(san.logged_in) == sorted(NAMES[:2])
+        assert made.disks[0].file.size == 8 * 512
+        assert san.settings is not None
+        assert san.settings.read_only
+    assert san.logged_in == []
+    assert san.most_at_once == 2
+
+
+async def test_logins_are_bounded(san: San) -> None:
+    san.login_takes = 0.001
+    san.targets = {f"{NAMES[0]}-{number}": [Lun(1)] for number in range(50)}
+    async with assemble(PLAN) as made:
+        assert len(made.disks) == 50
+    assert san.most_at_once == 16
+
+
+async def test_read_write_is_for_disks_that_are_not_protected(san: San, caplog: pytest.LogCaptureFixture) -> None:
+    san.targets = {NAMES[0]: [Lun(1), Lun(2)]}
+    async with assemble(only(NAMES[0], read_write=True)) as made:
+        assert [disk.writable for disk in made.disks] == [True, True]
+        assert san.settings is not None
+        assert not san.settings.read_only
+    assert not caplog.records
+
+
+@pytest.mark.expect_log("is write-protected: it can only be read")
+async def test_protected_disks_can_be_read(san: San) -> None:
+    san.targets = {NAMES[0]: [Lun(1, write_protected=True)]}
+    async with assemble(only(NAMES[0], read_write=True)) as made:
+        assert not made.disks[0].writable
+        assert not made.partial
+
+
+@pytest.mark.expect_log("disk0 is left out: wrong secret")
+async def test_a_target_that_fails_leaves_the_others(san: San) -> None:
+    san.targets = {NAMES[0]: AuthenticationError("wrong secret"), NAMES[1]: [Lun(1)]}
+    async with assemble(PLAN) as made:
+        assert [disk.target for disk in made.disks] == [NAMES[1]]
+        assert made.partial
+
+
+async def test_where_all_fail_the_first_failure_is_told(san: San) -> None:
+    san.targets = {NAMES[0]: AuthenticationError("wrong secret"), NAMES[1]: ConnectError("gone"), NAMES[2]: []}
+    with pytest.raises(AuthenticationError, match="wrong secret"):
+        async with assemble(PLAN):
+            raise AssertionError("not reached")
+    assert san.logged_in == []
+
+
+@pytest.mark.parametrize(
+    ("luns", "lun", "words"),
+    [
+        ([Lun(0, is_disk=False), Lun(1)], 7, "has no LUN 7; the LUNs it shows: 0, 1"),
+        ([], 7, "the LUNs it shows: none"),
+        ([Lun(0, is_disk=False)], 0, "LUN 0 of .* is not a disk, but a storage array controller"),
+        ([Lun(1, problem="no medium")], 1, "LUN 1 of .* can't be used: no medium"),
+        ([], None, "has no disk$"),
+        ([Lun(0, is_disk=False)], None, "has no disk: LUN 0 of .* is not a disk"),
+    ],
+)
+async def test_what_is_not_there_is_told(san: San, luns: list[Lun], lun: int | None, words: str) -> None:
+    san.targets = {NAMES[0]: luns}
+    with pytest.raises(NothingFoundError, match=words):
+        async with assemble(only(NAMES[0], lun=lun)):
+            raise AssertionError("not reached")
+    assert san.logged_in == []
+
+
+async def test_one_lun(san: San) -> None:
+    san.targets = {NAMES[0]: [Lun(0, is_disk=False), Lun(1), Lun(2)]}
+    async with assemble(only(NAMES[0], lun=2)) as made:
+        assert [disk.lun for disk in made.disks] == [2]
+        assert not made.partial
+
+
+@pytest.mark.expect_log("no target has a usable disk with LUN 9")
+async def test_a_list_of_luns(san: San) -> None:
+    san.targets = {NAMES[0]: [Lun(1), Lun(2), Lun(3)], NAMES[1]: [Lun(3)]}
+    async with assemble(replace(PLAN, luns=(3, 1))) as made:
+        assert [(disk.target, disk.lun) for disk in made.disks] == [(NAMES[0], 1), (NAMES[0], 3), (NAMES[1], 3)]
+        assert not made.partial
+    async with assemble(replace(PLAN, luns=(2, 9))) as made:
+        assert [disk.lun for disk in made.disks] == [2]
+        assert made.partial
+    with pytest.raises(NothingFoundError, match="no usable disk with LUN 8, 9"):
+        async with assemble(replace(PLAN, luns=(8, 9))):
+            raise AssertionError("not reached")
+
+
+@pytest.mark.expect_log("can't be used: (no medium|blocks)")
+async def test_disks_that_are_not_ready_are_left_out(san: San, monkeypatch: pytest.MonkeyPatch) -> None:
+    san.targets = {NAMES[0]: [Lun(1, problem="no medium"), Lun(2), Lun(3, block_length=1 << 30)]}
+
+    def block_file(device: BlockDevice, **arguments: object) -> object:
+        if device.block_length > 4096:
+            raise ParameterDataError("blocks of that size")
+        return make_file(device, **arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(assembly, "block_file", block_file)
+    async with assemble(PLAN) as made:
+        assert [disk.lun for disk in made.disks] == [2]
+        assert made.partial
+
+
+@pytest.mark.conformance("B6")
+@pytest.mark.expect_log("offers a target that can't be shown")
+async def test_names_that_can_not_be_shown_are_left_out(san: San) -> None:
+    san.targets = {NAMES[0]: [Lun(1)]}
+    san.listed = ["../../etc", NAMES[0], NAMES[0]]
+    async with assemble(PLAN) as made:
+        assert len(made.disks) == 1
+        assert made.partial
+
+
+async def test_a_portal_without_targets(san: San) -> None:
+    with pytest.raises(NothingFoundError, match="offers no target to iqn"):
+        async with assemble(PLAN):
+            raise AssertionError("not reached")
+    assert san.logged_in == []
+
+
+async def test_changes_drop_the_cache_and_are_passed_on(san: San, monkeypatch: pytest.MonkeyPatch) -> None:
+    san.targets = {NAMES[0]: [Lun(1)]}
+    seen: list[str] = []
+    async with assemble(PLAN) as made:
+        (unit,) = san.nexuses[NAMES[0]].units
+        assert unit.on_change is not None
+        unit.on_change()  # nobody is interested yet
+        monkeypatch.setattr(made.disks[0].file, "invalidate", lambda: seen.append("invalidated"))
+        made.on_change = lambda disk: seen.append(disk.name)
+        unit.on_change()
+    assert seen == ["invalidated", "lun-1"]
+
+
+async def test_errors_of_the_body_pass_as_they_are(san: San) -> None:
+    san.targets = {NAMES[0]: [Lun(1)]}
+    with pytest.raises(KeyError, match="mine"):
+        async with assemble(PLAN):
+            raise KeyError("mine")
+    assert san.logged_in == []
+
+
+async def test_a_login_can_be_interrupted(san: San) -> None:
+    san.targets = {NAMES[0]: [Lun(1)]}
+    san.login_takes = 1000
+    with trio.move_on_after(0.01) as scope:
+        async with assemble(PLAN):
+            raise AssertionError("not reached")
+    assert scope.cancelled_caught
+
+
+async def test_a_logout_has_an_end(san: San, autojump_clock: MockClock) -> None:  # noqa: ARG001
+    san.targets = {NAMES[0]: [Lun(1)]}
+    san.slow = {NAMES[0]}
+    with trio.fail_after(20):
+        async with assemble(PLAN):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("listed", "typed", "order"),
+    [
+        ([HERE, THERE], THERE, [THERE, HERE]),
+        ([HERE, THERE], Portal("san.example"), [Portal("san.example"), HERE, THERE]),
+        ([HERE, THERE, HERE], Portal("192.0.2.1"), [HERE, THERE, Portal("192.0.2.1")]),
+        ([], HERE, [HERE]),
+        ([Portal("fe80::1")], Portal("fe80::1"), [Portal("fe80::1")]),
+    ],
+)
+def test_order_of_portals(listed: list[Portal], typed: Portal, order: list[Portal]) -> None:
+    target = DiscoveredTarget(NAMES[0], tuple(TargetPortal(portal, 1) for portal in listed))
+    assert portals_of(target, typed) == tuple(order)

@@ -1,0 +1,576 @@
+"""Through the kernel, on disks in memory: what a program sees that reads, writes, truncates, maps and closes."""
+
+import errno
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from iscsifuse.errors import MountError, UsageError
+from iscsifuse.mount.attach import BusyError
+from iscsifuse.mount.client import status, umount
+from iscsifuse.mount.mountinfo import find_mount
+
+pytestmark = pytest.mark.fuse
+
+HELPER = Path(__file__).with_name("ram_mount.py")
+MIB = 1 << 20
+BLOCKS = 32768  # of 512 bytes: 16 MiB
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def write_at(path: Path, data: bytes, offset: int = 0) -> None:
+    with path.open("r+b", buffering=0) as file:
+        assert os.pwrite(file.fileno(), data, offset) == len(data)
+
+
+def read_at(path: Path, size: int, offset: int = 0) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, offset)
+
+
+class Ram:
+    """A mount of disks in memory, in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.control = folder / "control"
+        self.control.mkdir()
+        self.point = folder / "mnt"
+        self.point.mkdir()
+        self.process: subprocess.Popen[str] | None = None
+        self.said = ""
+
+    def start(self, **options: object) -> int:
+        """Mount in the background; the exit code."""
+        done = subprocess.run(
+            self._command(options), capture_output=True, text=True, timeout=60, check=False, env=self._env()
+        )
+        self.said = done.stderr
+        return done.returncode
+
+    def start_in_front(self, **options: object) -> None:
+        self.process = subprocess.Popen(
+            self._command({"foreground": True, **options}), stderr=subprocess.PIPE, text=True, env=self._env()
+        )
+        wait_for(self.is_mounted)
+        self.point.stat()
+
+    def _command(self, options: dict[str, object]) -> list[str]:
+        everything = {"control": str(self.control), "mountpoint": str(self.point), **options}
+        return [sys.executable, str(HELPER), json.dumps(everything)]
+
+    @staticmethod
+    def _env() -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def is_mounted(self) -> bool:
+        return find_mount(self.point) is not None
+
+    def order(self, what: str, value: str = "") -> None:
+        new = self.control / f".{what}"
+        new.write_text(value)
+        new.rename(self.control / what)
+
+    def revoke(self, what: str) -> None:
+        (self.control / what).unlink()
+
+    def log(self, lun: int = 0) -> list[str]:
+        path = self.control / f"log-{lun}"
+        return path.read_text().splitlines() if path.exists() else []
+
+    @property
+    def lun(self) -> Path:
+        return self.point / "lun-0"
+
+    def clean_up(self) -> None:
+        for stall in self.control.glob("stall-*"):
+            stall.unlink()
+        for _ in range(3):
+            if self.is_mounted():
+                subprocess.run(["fusermount3", "-u", "-z", str(self.point)], check=False, capture_output=True)
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Ram]:
+    made = Ram(tmp_path)
+    yield made
+    made.clean_up()
+
+
+# -- the tree -------------------------------------------------------------------------------------------------------
+
+
+def test_target_mount_shows_its_luns(ram: Ram) -> None:
+    assert ram.start(disks=[BLOCKS, 16]) == 0, ram.said
+    assert ram.said == ""
+    assert sorted(path.name for path in ram.point.iterdir()) == ["lun-0", "lun-1"]
+    assert (ram.point / "lun-1").stat().st_size == 16 * 512
+    made = ram.lun.stat()
+    assert (made.st_size, made.st_mode, made.st_mtime_ns, made.st_uid) == (16 * MIB, 0o100400, 0, os.getuid())
+    assert ram.point.stat().st_mode == 0o40500
+    entry = find_mount(ram.point)
+    assert entry is not None
+    assert (entry.fs_type, entry.source) == ("fuse.iscsifuse", "iscsi://ram%2Cdisk/")
+    assert "ro" in entry.options.split(",")
+    usage = os.statvfs(ram.point)
+    assert (usage.f_blocks * usage.f_frsize, usage.f_bfree) == (16 * MIB + 16 * 512, 0)
+    with pytest.raises(FileNotFoundError):
+        (ram.point / "lun-2").stat()
+    assert umount(ram.point) == 0
+    assert not ram.is_mounted()
+
+
+def test_portal_mount_has_a_directory_for_each_target(ram: Ram) -> None:
+    assert ram.start(target_name=None) == 0
+    assert [str(path.relative_to(ram.point)) for path in ram.point.rglob("*")] == [
+        "iqn.2026-11.com.example:ram",
+        "iqn.2026-11.com.example:ram/lun-0",
+    ]
+
+
+def test_owner_and_mode(ram: Ram) -> None:
+    assert ram.start(uid=12, gid=34, mode=0o444) == 0
+    made = ram.lun.stat()
+    assert (made.st_uid, made.st_gid, made.st_mode) == (12, 34, 0o100444)
+    assert ram.point.stat().st_mode == 0o40555
+
+
+def test_status_file_is_hidden_and_current(ram: Ram) -> None:
+    assert ram.start() == 0
+    path = ram.point / ".iscsifuse/status.json"
+    document = json.loads(path.read_text())
+    assert document["schema"] == 1
+    assert document["luns"][0]["path"] == "lun-0"
+    ram.lun.read_bytes()
+    later = json.loads(path.read_text())
+    assert later["commands"][0]["name"] == "READ(10)"
+    assert later["commands"][0]["bytes"] == 16 * MIB
+    assert status(ram.point)["pid"] == later["pid"] != os.getpid()
+    with pytest.raises(OSError, match="Read-only"):
+        path.open("r+")
+
+
+def test_mount_on_a_file(ram: Ram, tmp_path: Path) -> None:
+    ram.point = tmp_path / "disk.img"
+    ram.point.write_text("what was there before")
+    assert ram.start(lun=0, read_write=True) == 0, ram.said
+    assert ram.point.stat().st_size == 16 * MIB
+    with ram.point.open("r+b") as file:
+        file.seek(MIB)
+        file.write(b"hello")
+    with ram.point.open("rb") as file:
+        file.seek(MIB)
+        assert file.read(6) == b"hello\0"
+    document = status(ram.point)
+    assert document["luns"][0]["path"] == ""  # type: ignore[index]
+    assert umount(ram.point) == 0
+    assert ram.point.read_text() == "what was there before"
+
+
+# -- reading and writing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"direct_io": True}, {"write_behind": False}, {"block_length": 4096}], ids=str
+)
+def test_bytes_survive(ram: Ram, options: dict[str, object], tmp_path: Path) -> None:
+    blocks = 16 * MIB // int(str(options.get("block_length", 512)))
+    assert ram.start(read_write=True, disks=[blocks], **options) == 0
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(16 * MIB))
+    subprocess.run(["dd", f"if={image}", f"of={ram.lun}", "bs=300k", "status=none"], check=True)
+    subprocess.run(["cmp", image, ram.lun], check=True)
+    with ram.lun.open("r+b", buffering=0) as file:  # crooked, over several blocks and pages
+        for offset, data in ((1, b"x"), (4095, b"yz"), (MIB - 3, b"abcdef" * 1000), (16 * MIB - 1, b"!")):
+            os.pwrite(file.fileno(), data, offset)
+            with image.open("r+b") as plain:
+                os.pwrite(plain.fileno(), data, offset)
+    subprocess.run(["cmp", image, ram.lun], check=True)
+    assert umount(ram.point) == 0
+    assert ram.start(read_write=False, disks=[blocks], **options) == 0
+
+
+def test_a_disk_keeps_its_size(ram: Ram) -> None:
+    assert ram.start(read_write=True) == 0
+    write_at(ram.lun, b"first")
+    for size in (0, 5, 1 << 40):
+        os.truncate(ram.lun, size)
+        assert ram.lun.stat().st_size == 16 * MIB
+    with ram.lun.open("wb") as file:  # O_TRUNC
+        assert os.fstat(file.fileno()).st_size == 16 * MIB
+    assert read_at(ram.lun, 5) == b"first"
+    os.utime(ram.lun, (1000, 1000))
+    assert ram.lun.stat().st_mtime == 0
+    ram.lun.chmod(0o600)
+    attempts: list[Callable[[], object]] = [
+        lambda: ram.lun.chmod(0o644),
+        lambda: os.chown(ram.lun, 1, -1),
+        ram.lun.unlink,
+        lambda: (ram.point / "new").write_bytes(b""),
+        lambda: (ram.point / "new").mkdir(),
+        lambda: ram.lun.rename(ram.point / "other"),
+        lambda: (ram.point / "x").symlink_to("y"),
+        lambda: os.link(ram.lun, ram.point / "x"),
+        lambda: os.mkfifo(ram.point / "x"),
+    ]
+    for forbidden in attempts:
+        with pytest.raises(PermissionError):
+            forbidden()
+
+
+def test_the_end_of_a_disk(ram: Ram) -> None:
+    assert ram.start(read_write=True) == 0
+    with ram.lun.open("r+b", buffering=0) as file:
+        number = file.fileno()
+        assert os.pwrite(number, b"x" * 1000, 16 * MIB - 100) == 100
+        for offset in (16 * MIB, 16 * MIB + 1, 1 << 40):
+            with pytest.raises(OSError, match="No space") as caught:
+                os.pwrite(number, b"x", offset)
+            assert caught.value.errno == errno.ENOSPC
+        assert os.pread(number, 1000, 16 * MIB - 100) == b"x" * 100
+        assert os.pread(number, 1000, 16 * MIB) == b""
+        assert os.fstat(number).st_size == 16 * MIB
+    result = subprocess.run(
+        ["dd", "if=/dev/zero", f"of={ram.lun}", "bs=1M"], capture_output=True, text=True, check=False
+    )
+    assert "No space left" in result.stderr
+    assert f"{16 * MIB} bytes" in result.stderr
+
+
+def test_direct_writes_say_that_the_disk_is_full(ram: Ram) -> None:
+    assert ram.start(read_write=True) == 0
+    number = os.open(ram.lun, os.O_RDWR | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, 8192) as buffer, pytest.raises(OSError, match="No space"):
+            os.pwrite(number, buffer, 16 * MIB - 4096)
+    finally:
+        os.close(number)
+
+
+def test_mapped_pages_are_written_at_unmount(ram: Ram) -> None:
+    assert ram.start(read_write=True, target_name=None) == 0
+    lun = ram.point / "iqn.2026-11.com.example:ram/lun-0"
+    with lun.open("r+b") as file, mmap.mmap(file.fileno(), MIB) as mapped:
+        mapped[5000:5005] = b"hello"
+    assert umount(ram.point) == 0
+    assert any(line.startswith("write") for line in ram.log())
+    assert ram.log()[-1] == "flush"
+
+
+def test_read_only_is_read_only(ram: Ram) -> None:
+    assert ram.start() == 0
+    with pytest.raises(OSError, match="Read-only"):
+        os.open(ram.lun, os.O_WRONLY)
+    with pytest.raises(OSError, match="Read-only"):
+        os.truncate(ram.lun, 0)
+    with pytest.raises(OSError, match="Read-only"):
+        os.utime(ram.lun)
+    assert umount(ram.point) == 0
+    assert ram.log() == []
+
+
+def test_read_errors_are_errors(ram: Ram) -> None:
+    assert ram.start() == 0
+    ram.order("fail-0")
+    with ram.lun.open("rb", buffering=0) as file:
+        with pytest.raises(OSError, match="Input/output"):
+            os.pread(file.fileno(), 4096, 0)
+        ram.revoke("fail-0")
+        assert os.pread(file.fileno(), 4096, 0) == bytes(4096)
+
+
+@pytest.mark.parametrize("how", ["close", "fsync"])
+def test_lost_writes_are_reported(ram: Ram, how: str) -> None:
+    assert ram.start(read_write=True) == 0
+    number = os.open(ram.lun, os.O_WRONLY)
+    os.pwrite(number, bytes(MIB), 0)
+    os.fsync(number)
+    ram.order("fail-0")
+    os.pwrite(number, bytes(MIB), MIB)
+    with pytest.raises(OSError, match="Input/output"):
+        os.fsync(number) if how == "fsync" else os.close(number)
+    if how == "fsync":
+        ram.revoke("fail-0")
+        os.fsync(number)
+        os.close(number)
+
+
+def test_fsync_reaches_stable_storage(ram: Ram) -> None:
+    assert ram.start(read_write=True) == 0
+    with ram.lun.open("r+b", buffering=0) as file:
+        file.write(bytes(8192))
+        os.fsync(file.fileno())
+        assert ram.log() == ["write 0 8192", "flush"]
+        file.write(b"x" * 512)
+        os.fdatasync(file.fileno())
+        assert ram.log()[-2:] == ["write 16 512", "flush"]
+
+
+def test_a_disk_that_grows_and_shrinks(ram: Ram) -> None:
+    assert ram.start(disks=[2048]) == 0
+    assert ram.lun.read_bytes() == bytes(MIB)
+    ram.order("grow-0", "4096")
+    wait_for(lambda: ram.lun.stat().st_size == 2 * MIB)
+    assert ram.lun.read_bytes() == bytes(MIB) + bytes([4096 % 251]) * MIB
+    ram.order("grow-0", "1024")
+    wait_for(lambda: ram.lun.stat().st_size == MIB // 2)
+    assert ram.lun.read_bytes() == bytes(MIB // 2)
+
+
+@pytest.mark.root
+def test_a_file_system_in_a_loop_device(ram: Ram, tmp_path: Path) -> None:
+    assert ram.start(read_write=True) == 0
+    subprocess.run(["mkfs.ext4", "-q", "-F", ram.lun], check=True)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    subprocess.run(["mount", "-o", "loop", ram.lun, inside], check=True)
+    try:
+        (inside / "file").write_bytes(b"y" * 100_000)
+        with pytest.raises(BusyError, match=r"lun-0 is attached to /dev/loop\d+"):
+            umount(ram.point)
+        assert ram.is_mounted()
+    finally:
+        subprocess.run(["umount", inside], check=True)
+    subprocess.run(["fsck.ext4", "-fn", ram.lun], check=True, capture_output=True)
+    wait_for(lambda: subprocess.run(["losetup", "-j", ram.lun], capture_output=True, check=True).stdout == b"")
+    assert umount(ram.point) == 0
+
+
+# -- how it begins --------------------------------------------------------------------------------------------------
+
+
+def test_partial_mounts_say_so(ram: Ram) -> None:
+    assert ram.start(partial=True) == 64
+    assert ram.is_mounted()
+
+
+def test_a_failure_is_told_and_nothing_is_mounted(ram: Ram) -> None:
+    assert ram.start(fail_login=True) == 99
+    assert ram.said == "MountError: there is no such LUN\n"
+    assert not ram.is_mounted()
+
+
+def test_sudden_death_is_told(ram: Ram) -> None:
+    assert ram.start(blow_up=True) == 99
+    assert "was killed by SIGABRT before the mount was ready" in ram.said
+    assert not ram.is_mounted()
+
+
+def test_mount_points_that_will_not_do(ram: Ram, tmp_path: Path) -> None:
+    (ram.point / "x").touch()
+    assert ram.start() == 99
+    assert f"UsageError: the mount point {ram.point} is not empty" in ram.said
+    (ram.point / "x").unlink()
+    ram.point = tmp_path / "nothing"
+    assert ram.start() == 99
+    assert "doesn't exist" in ram.said
+    ram.point.touch()
+    assert ram.start() == 99
+    assert "the URL has to name one LUN" in ram.said
+
+
+def test_mounting_twice_is_refused(ram: Ram) -> None:
+    assert ram.start() == 0
+    assert ram.start() == 99
+    assert "is mounted on" in ram.said
+    assert umount(ram.point) == 0
+    assert not ram.is_mounted()
+
+
+def test_signal_before_the_mount_is_ready(ram: Ram) -> None:
+    process = subprocess.Popen(ram._command({"delay": 30}), env=ram._env())
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 8
+    assert not ram.is_mounted()
+
+
+# -- how it ends ----------------------------------------------------------------------------------------------------
+
+
+def test_umount_waits_for_the_daemon(ram: Ram) -> None:
+    assert ram.start(read_write=True) == 0
+    pid = int(str(status(ram.point)["pid"]))
+    assert umount(ram.point) == 0
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or ") Z " in state.read_text()  # a zombie is for init to bury
+    assert (ram.control / "logged-out").exists()
+    with pytest.raises(UsageError, match="nothing is mounted"):
+        umount(ram.point)
+
+
+def test_umount_of_a_busy_mount_changes_nothing(ram: Ram) -> None:
+    assert ram.start() == 0
+    with ram.lun.open("rb") as file:
+        with pytest.raises(BusyError, match=rf"lun-0 is open by .* \(pid {os.getpid()}\)"):
+            umount(ram.point)
+        assert len(file.read(10)) == 10
+    assert umount(ram.point) == 0
+
+
+def test_umount_tells_of_lost_data(ram: Ram) -> None:
+    assert ram.start(read_write=True) == 0
+    number = os.open(ram.lun, os.O_WRONLY)
+    os.pwrite(number, bytes(4096), 0)
+    ram.order("fail-0")
+    with pytest.raises(OSError, match="Input/output"):
+        os.close(number)
+    with pytest.raises(MountError, match=r"is unmounted, but data is lost: LUN 0 of"):
+        umount(ram.point)
+    assert not ram.is_mounted()
+
+
+def test_umount_has_nothing_to_say_where_all_was_synced(ram: Ram) -> None:
+    assert ram.start(read_write=True) == 0
+    with ram.lun.open("r+b", buffering=0) as file:
+        file.write(bytes(4096))
+        os.fsync(file.fileno())
+    ram.order("fail-0")
+    assert umount(ram.point) == 0
+
+
+def test_umount_works_while_the_target_is_silent(ram: Ram) -> None:
+    assert ram.start() == 0
+    ram.order("stall-0")
+    reader = subprocess.Popen(["dd", f"if={ram.lun}", "of=/dev/null", "status=none"])
+    wait_for(lambda: status(ram.point)["cache"]["misses"] > 0)  # type: ignore[index]
+    with pytest.raises(BusyError):
+        umount(ram.point)
+    pid = int(str(status(ram.point)["pid"]))
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGTERM)
+    wait_for(lambda: not ram.is_mounted(), timeout=30)
+    assert reader.wait(timeout=10) != 0
+
+
+def test_plain_umount_ends_the_daemon(ram: Ram) -> None:
+    ram.start_in_front(read_write=True)
+    write_at(ram.lun, b"hello")
+    subprocess.run(["fusermount3", "-u", ram.point], check=True)
+    assert ram.process is not None
+    assert ram.process.wait(timeout=10) == 0
+    assert ram.log()[-1] == "flush"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_unmounts(ram: Ram, number: signal.Signals) -> None:
+    ram.start_in_front(read_write=True)
+    write_at(ram.lun, b"hello")
+    assert ram.process is not None
+    ram.process.send_signal(number)
+    assert ram.process.wait(timeout=10) == 0
+    assert not ram.is_mounted()
+    assert (ram.control / "logged-out").exists()
+
+
+def test_a_signal_unmounts_what_is_busy(ram: Ram) -> None:
+    ram.start_in_front(read_write=True)
+    number = os.open(ram.lun, os.O_RDWR)
+    try:
+        os.pwrite(number, b"x" * 512, 0)
+        assert ram.process is not None
+        ram.process.send_signal(signal.SIGTERM)
+        assert ram.process.wait(timeout=20) == 0
+        assert not ram.is_mounted()
+        assert ram.log() == ["write 0 512", "flush"]
+        with pytest.raises(OSError, match=r"not connected|aborted"):
+            os.pread(number, 512, 0)
+    finally:
+        with pytest.raises(OSError, match=r"not connected|aborted"):
+            os.close(number)
+
+
+@pytest.mark.root
+def test_an_aborted_connection_leaves_no_mount(ram: Ram, tmp_path: Path) -> None:
+    ram.start_in_front(read_write=True)
+    entry = find_mount(ram.point)
+    assert entry is not None
+    write_at(ram.lun, b"hello")
+    control = tmp_path / "fusectl"  # not everybody has it mounted under /sys
+    control.mkdir()
+    subprocess.run(["mount", "-t", "fusectl", "none", control], check=True, timeout=20)
+    try:
+        (control / str(entry.connection) / "abort").write_text("1")
+    finally:
+        subprocess.run(["umount", control], check=True, timeout=20)
+    assert ram.process is not None
+    assert ram.process.wait(timeout=20) == 0
+    assert not ram.is_mounted()
+    assert ram.log()[-1] == "flush"
+
+
+def test_a_loop_that_breaks_down_leaves_no_mount(ram: Ram) -> None:
+    ram.start_in_front(read_write=True, break_loop=True)
+    with ram.lun.open("r+b", buffering=0) as file:
+        file.write(b"hello")
+        ram.order("break")
+        assert ram.process is not None
+        _, said = ram.process.communicate(timeout=20)
+        assert ram.process.returncode == 99
+        assert "MountError: the mount broke down" in said
+        assert not ram.is_mounted()
+        assert ram.log()[-1] == "flush"
+        with pytest.raises(OSError, match=r"not connected|aborted"):
+            file.close()
+
+
+def test_a_killed_daemon_leaves_no_mount(ram: Ram) -> None:
+    ram.start_in_front()
+    assert ram.process is not None
+    ram.process.kill()
+    wait_for(lambda: not ram.is_mounted())
+
+
+@pytest.mark.root
+def test_stale_mounts_are_cleared_up(ram: Ram) -> None:
+    hidden = "import iscsifuse.mount.attach as a; a.fusermount = lambda: None; "
+    command = ram._command({"foreground": True})
+    code = f"{hidden} import sys, runpy; sys.argv = {command[1:]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    clearers: list[Callable[[], int]] = [lambda: umount(ram.point), lambda: ram.start()]
+    for clear in clearers:
+        process = subprocess.Popen([sys.executable, "-c", code], env=ram._env())
+        wait_for(ram.is_mounted)
+        ram.point.stat()
+        process.kill()
+        process.wait()
+        with pytest.raises(OSError, match="not connected"):
+            list(ram.point.iterdir())
+        with pytest.raises(MountError, match="clears it up"):
+            status(ram.point)
+        assert clear() == 0
+    assert umount(ram.point) == 0
+
+
+@pytest.mark.slow
+def test_requests_that_are_taken_back_do_not_stop_the_daemon(ram: Ram) -> None:
+    """A program is killed between the daemon's poll and its read of /dev/fuse: the read must not block for ever.
+
+    The daemon is made to be busy in most of its time, which widens that gap.
+    """
+    ram.order("busy")
+    assert ram.start() == 0
+    for count in range(60):
+        subprocess.run(
+            ["timeout", "-s", "KILL", f"0.{count * 7 % 90 + 10:03}", "stat", ram.point / f"nothing-{count}"],
+            check=False,
+            capture_output=True,
+        )
+        started = time.monotonic()
+        assert status(ram.point)["schema"] == 1
+        assert time.monotonic() - started < 2
