@@ -1,0 +1,60 @@
+"""fio writes and verifies, Wireshark listens, and both agree with the backing file and with our own statistics."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.capture import Capture
+from support.cli import Mounted
+from support.store import ONE, Store
+
+pytestmark = [pytest.mark.fuse, pytest.mark.tgt]
+
+JOBS = {
+    "buffered and unaligned": ["--bsrange=512-1M", "--bs_unaligned", "--ioengine=psync"],
+    "direct": ["--bsrange=512-256k", "--blockalign=512", "--direct=1", "--ioengine=libaio", "--iodepth=8"],
+}
+
+
+def fio(file: Path, *options: str) -> None:
+    done = subprocess.run(
+        [
+            *("fio", "--name=verify", "--filename=" + str(file).replace(":", "\\:"), "--rw=randrw", "--numjobs=8"),
+            *("--size=12m", "--offset_increment=32m", "--verify=crc32c", "--verify_fatal=1", "--end_fsync=1"),
+            *("--randseed=20261121", "--group_reporting", "--minimal", *options),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        cwd=file.parents[1],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.capture
+def test_fio_verifies_and_the_dissector_counts_the_same(
+    store: Store, tmp_path: Path, start_capture: Callable[[int], Capture]
+) -> None:
+    recording = start_capture(store.server.port)
+    with Mounted(store.server.url(ONE), tmp_path / "m", "--rw") as mounted:
+        for options in JOBS.values():
+            fio(mounted.lun(2), *options)
+            assert subprocess.run(["cmp", mounted.lun(2), store.empty], check=False, timeout=60).returncode == 0
+        commands = mounted.status_file()["commands"]
+        recording.stop()
+    assert recording.malformed() == []
+    assert recording.command_counts() == {row["opcode"]: row["calls"] for row in commands}
+    # Service response times are kept for disks only (LUN 0 answered one INQUIRY and REPORT LUNS), and for GOOD only.
+    answered = {row["opcode"]: row["calls"] - row["errors"] for row in commands}
+    times = recording.answered_counts()
+    assert {code: times[code] for code in (0x28, 0x2A, 0x35)} == {code: answered[code] for code in (0x28, 0x2A, 0x35)}
+
+
+@pytest.mark.parametrize("options", [("-o", "write=through"), ("-o", "direct_io"), ("-o", "cache_size=2M")])
+def test_fio_verifies_with_other_caches(store: Store, tmp_path: Path, options: tuple[str, ...]) -> None:
+    with Mounted(store.server.url(ONE), tmp_path / "m", "--rw", *options) as mounted:
+        fio(mounted.lun(2), "--bsrange=512-256k", "--bs_unaligned", "--ioengine=psync")
+        assert subprocess.run(["cmp", mounted.lun(2), store.empty], check=False, timeout=60).returncode == 0
