@@ -1,0 +1,389 @@
+"""The block cache: bytes of a file on one side, blocks of a device on the other.
+
+How it thinks. All state belongs to one trio thread, and changes only between checkpoints; so every operation is a
+loop of *look at everything; if it can be done now, do it with no await in between; else wait for one thing, and look
+at everything again*. Locks aren't needed: the bits of an extent (see ``extent``) say who is busy with a block.
+
+* **Read.** All blocks valid: a slice of the arena, at once. Else the reader claims the missing blocks that nobody is
+  filling, reads exactly these into their place, and looks again; or, where others are filling all that is missing,
+  waits for one of them and looks again.
+* **Fill.** Blocks become valid if the device read succeeded and ``invalidate`` wasn't called since it began. If it
+  failed or was cancelled, they are simply not valid, and whoever waited goes on by himself.
+* **Uncached read.** A reader who finds no slot, or makes no progress (shared fills failed under him, or the medium
+  keeps changing), reads the blocks that aren't valid into memory of his own. It ends his waiting in any case:
+  readers never wait for a slot. What has become valid meanwhile wins over what was read.
+* **Write.** One extent at a time. Blocks that are filling or writing: wait. Covered in part and not valid: fill.
+  Too much dirty: wait for room. No slot: wait for a slot, holding nothing. Then copy, valid and dirty.
+* **Write through.** As many neighbouring extents at once as can be had without waiting; copy, valid and writing,
+  and write from there. It is also what a write-behind cache does while ``run`` isn't running.
+
+Who waits for what: readers and fills for device reads; writers for device reads and writes. Nobody holds a block's
+bit while waiting for anything but his own device call; pins are held only while waiting for device calls. Device
+calls end. Hence no circles, and no waiting for ever.
+"""
+
+import trio
+
+from iscsifuse.cache.device import BlockDevice, EndOfDeviceError
+from iscsifuse.cache.extent import Extent, Geometry, Transfer, runs, span
+from iscsifuse.cache.file import BlockFile, Buffer
+from iscsifuse.cache.filling import Filler
+from iscsifuse.cache.pool import BufferPool
+from iscsifuse.cache.prefetch import Prefetcher
+from iscsifuse.cache.readahead import ReadAhead
+from iscsifuse.cache.settings import CacheSettings, CacheStats
+from iscsifuse.cache.through import WriteThrough
+from iscsifuse.cache.writeback import WriteBack
+from iscsifuse.errors import ParameterDataError
+
+__all__ = ["BlockCache"]
+
+# Fruitless rounds of a read (fills under it failed, or didn't count) before it is made past the cache.
+_PATIENCE = 2
+
+
+class BlockCache(BlockFile):
+    """A device as a file, cached.
+
+    Args:
+        device: the disk.
+        pool: memory, shared with other caches of the same trio thread.
+        settings: see there; ``direct`` is not for this class.
+
+    Raises:
+        ParameterDataError: a block doesn't fit into a slot of the pool.
+    """
+
+    def __init__(self, device: BlockDevice, *, pool: BufferPool, settings: CacheSettings) -> None:
+        super().__init__(device)
+        self._pool = pool
+        self._geometry = geometry = Geometry.of(self._block_length, pool.slot_size)
+        if not geometry.blocks:
+            raise ParameterDataError(f"blocks of {self._block_length} bytes are too large to be cached")
+        self._extent_length = geometry.length
+        self._filler = Filler(device, pool=pool, geometry=geometry, depth=settings.depth)
+        self._extents = self._filler.extents
+        self._behind = settings.write_behind
+        self._running = False
+        self._write_back = WriteBack(device, pool=pool, settings=settings, geometry=geometry, errors=self._errors)
+        self._through = WriteThrough(filler=self._filler, write_back=self._write_back)
+        self._policy = ReadAhead(largest=settings.read_ahead, budget=pool.size // 2, extent=geometry.length)
+        self._reads_ahead = settings.read_ahead > 0
+        self._observe = self._policy.observe
+        self._prefetcher = Prefetcher(
+            self._policy,
+            filler=self._filler,
+            depth=settings.depth,
+            block_count=lambda: device.block_count,
+        )
+        self._watching = False
+        self._hits = self._misses = self._uncached = 0
+        self._uncached_bytes = self._uncached_commands = self._writes = 0
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write back and read ahead until cancelled; see ``BlockFile.run``."""
+        try:
+            self._pool.join(self._write_back.pressure)
+            async with trio.open_nursery() as nursery:
+                self._write_back.start(nursery)
+                self._prefetcher.start(nursery)
+                self._running = True
+                self._watching = self._reads_ahead
+                task_status.started()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    self._running = self._watching = False  # From here on writes go through.
+        finally:
+            self._pool.leave(self._write_back.pressure)
+            self._prefetcher.stop()
+            self._write_back.stop()
+
+    def invalidate(self) -> None:
+        """Drop all clean data; a fill in flight will not count. See ``BlockFile.invalidate``."""
+        self._policy.reset()
+        self._filler.invalidate()
+
+    def stats(self) -> CacheStats:
+        """Counters, and the present state."""
+        write_back, prefetcher = self._write_back, self._prefetcher
+        dirty = sum((extent.dirty | extent.writing).bit_count() for extent in write_back.unclean)
+        valid = sum(extent.valid.bit_count() for extent in self._extents.values())
+        return CacheStats(
+            hits=self._hits,
+            misses=self._misses,
+            uncached_reads=self._uncached,
+            fill_commands=self._filler.commands + self._uncached_commands,
+            fill_bytes=self._filler.filled + self._uncached_bytes,
+            read_ahead_commands=prefetcher.commands,
+            read_ahead_bytes=prefetcher.arrived,
+            read_ahead_errors=prefetcher.failures,
+            writes=self._writes,
+            write_back_commands=write_back.commands,
+            write_back_bytes=write_back.written,
+            write_back_errors=write_back.failures,
+            flushes=self._flushes,
+            dirty_bytes=dirty * self._block_length,
+            cached_bytes=valid * self._block_length,
+            pool_bytes=self._pool.size,
+            evictions=self._pool.evictions,
+        )
+
+    async def _drain(self) -> None:
+        await self._write_back.drain()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """See ``BlockFile.read``."""
+        block = self._block_length
+        size = self._device.block_count * block
+        stop = offset + length
+        if stop > size:
+            stop = size
+        if offset >= stop:
+            return b""
+        if self._watching:
+            plan = self._observe(offset, stop, size=size)
+            if plan is not None:
+                self._prefetcher.submit(*plan)
+        index, start = divmod(offset, self._extent_length)
+        end = start + stop - offset
+        if end > self._extent_length:
+            return await self._read_span(offset, stop)
+        # One extent, which is what most requests are: hit, or a miss of one run, with as few steps as possible.
+        wanted = (1 << -(-end // block)) - (1 << start // block)
+        extent = self._extents.get(index)
+        if extent is None:
+            extent = self._filler.allocate(index)
+            if extent is None:
+                return await self._read_uncached(offset, stop)
+            missing = wanted
+        else:
+            missing = wanted & ~extent.valid
+            if not missing:
+                self._hits += 1
+                self._pool.touch(extent, wanted, start=start, stop=end)
+                return extent.view[start:end]
+        first = (missing & -missing).bit_length() - 1
+        last = missing.bit_length()
+        if missing & extent.filling or missing != (1 << last) - (1 << first):
+            return await self._read_span(offset, stop)
+        self._misses += 1
+        extent.filling |= missing
+        await self._filler.demand(Transfer.of(self._geometry, extent, first, last))
+        # No await since the fill: what is valid now can't go before the caller's next checkpoint.
+        if wanted & ~extent.valid:  # Invalidated meanwhile.
+            return await self._read_span(offset, stop)
+        self._pool.touch(extent, wanted, start=start, stop=end)
+        return extent.view[start:end]
+
+    async def _read_span(self, offset: int, stop: int) -> Buffer:
+        """Any read: of several extents, of several runs, of blocks that others are filling."""
+        length = self._extent_length
+        waited = False
+        patience = _PATIENCE
+        lost = self._filler.generation
+        pinned: list[Extent] = []
+        try:
+            for index in range(offset // length, -(-stop // length)):
+                extent = self._extents.get(index) or self._filler.allocate(index)
+                if extent is None:
+                    break
+                extent.pins += 1
+                pinned.append(extent)
+                lost += extent.lost
+            else:
+                while True:
+                    missing, busy = self._missing(pinned, offset, stop)
+                    if not missing:
+                        if not waited:
+                            self._hits += 1
+                        return self._join(pinned, offset, stop)
+                    if not waited:
+                        waited = True
+                        self._misses += 1
+                    now_lost = self._filler.generation + sum(extent.lost for extent in pinned)
+                    if now_lost != lost:
+                        lost = now_lost
+                        patience -= 1
+                        if patience < 0:
+                            break
+                    # No await since ``_missing``: what it found to be nobody's is claimed here by this task only.
+                    transfers = self._filler.claim(missing)
+                    if transfers:
+                        await self._filler.each(transfers, self._filler.demand, self._filler.release)
+                    else:
+                        assert busy is not None  # noqa: S101  missing blocks, and none that was ours to fill
+                        await busy.changed()
+        finally:
+            for extent in pinned:
+                extent.pins -= 1
+            if pinned:
+                self._pool.notify()
+        return await self._read_uncached(offset, stop, counted=waited)
+
+    def _missing(
+        self, extents: list[Extent], offset: int, stop: int
+    ) -> tuple[list[tuple[Extent, int]], Extent | None]:
+        """What of a range isn't valid: blocks by extent; and some extent where others are filling them."""
+        missing: list[tuple[Extent, int]] = []
+        busy: Extent | None = None
+        length = self._extent_length
+        base = extents[0].index * length
+        for extent in extents:
+            wanted = self._geometry.blocks_of(max(0, offset - base), min(length, stop - base))
+            lacking = wanted & ~extent.valid
+            if lacking:
+                missing.append((extent, lacking))
+                if lacking & extent.filling:
+                    busy = extent
+            base += length
+        return missing, busy
+
+    def _join(self, extents: list[Extent], offset: int, stop: int) -> Buffer:
+        """The bytes of a range that is valid: one slice if its extents lie side by side, else a copy."""
+        length = self._extent_length
+        base = first = extents[0].index * length
+        address = follows = extents[0].address
+        pieces = []
+        side_by_side = True
+        for extent in extents:
+            start, end = max(0, offset - base), min(length, stop - base)
+            self._pool.touch(extent, self._geometry.blocks_of(start, end), start=start, stop=end)
+            side_by_side &= extent.address == follows
+            follows = extent.address + length
+            pieces.append(extent.view[start:end])
+            base += length
+        if side_by_side:
+            return self._pool.view[address + offset - first : address + stop - first]
+        return bytearray().join(pieces)
+
+    async def _read_uncached(self, offset: int, stop: int, *, counted: bool = False) -> Buffer:
+        """Read past the cache, into memory of this reader's own.
+
+        Blocks that are valid when it begins are taken at once, the others are read, and in the end what is valid by
+        then is taken again: a write that was acknowledged before the read ends may or may not be seen, one that was
+        acknowledged before it began is (its block was valid, or is on the device already).
+        """
+        if not counted:
+            self._misses += 1
+        self._uncached += 1
+        block = self._block_length
+        first, last = offset // block, -(-stop // block)
+        buffer = memoryview(bytearray((last - first) * block))
+        missing = self._overlay(buffer, first, last)
+        for begin, end in runs(missing):
+            self._uncached_commands += 1
+            await self._device.read_into(buffer[begin * block : end * block], lba=first + begin)
+            self._uncached_bytes += (end - begin) * block
+        self._overlay(buffer, first, last)
+        return buffer[offset - first * block : stop - first * block]
+
+    def _overlay(self, buffer: memoryview, first: int, last: int) -> int:
+        """Copy what is valid of the blocks ``first`` to ``last - 1`` into their buffer; returns what isn't."""
+        geometry = self._geometry
+        missing = span(0, last - first)
+        for index in range(first // geometry.blocks, -(-last // geometry.blocks)):
+            extent = self._extents.get(index)
+            if extent is None:
+                continue
+            base = index * geometry.blocks
+            valid = extent.valid & span(max(0, first - base), min(geometry.blocks, last - base))
+            for begin, end in runs(valid):
+                source, target = begin * geometry.block_length, (base + begin - first) * geometry.block_length
+                size = (end - begin) * geometry.block_length
+                buffer[target : target + size] = extent.view[source : source + size]
+                missing &= ~span(base + begin - first, base + end - first)
+        return missing
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: Buffer) -> int:
+        """See ``BlockFile.write``."""
+        length = len(data)
+        if not length:
+            return 0
+        size = self._device.block_count * self._block_length
+        if offset + length > size:
+            if offset >= size:
+                raise EndOfDeviceError(f"a write at byte {offset} begins beyond the end of the disk ({size} bytes)")
+            length = size - offset
+            data = memoryview(data)[:length]
+        self._writes += 1
+        index, start = divmod(offset, self._extent_length)
+        end = start + length
+        if end <= self._extent_length:
+            if not (self._behind and self._running and self._store(index, start, end, data)):
+                await self._write_piece(offset, data)
+            return length
+        pieces = memoryview(data)
+        position = 0
+        while position < length:
+            index, start = divmod(offset + position, self._extent_length)
+            end = min(self._extent_length, start + length - position)
+            piece = pieces[position : position + end - start]
+            if self._behind and self._running:
+                if not self._store(index, start, end, piece):
+                    await self._write_piece(offset + position, piece)
+                position += end - start
+            else:
+                position += await self._through.write(offset + position, pieces[position:])
+        return length
+
+    def _store(self, index: int, start: int, end: int, data: Buffer) -> bool:
+        """Put bytes of one extent into the buffer, if that can be done now."""
+        extent = self._extents.get(index) or self._filler.allocate(index)
+        if extent is None:
+            return False
+        block = self._block_length
+        first, head = divmod(start, block)
+        last, tail = divmod(end, block)
+        if head or tail:
+            partial = self._geometry.partial_blocks(start, end)
+            if partial & ~extent.valid:
+                return False
+            if tail:
+                last += 1
+        blocks = (1 << last) - (1 << first)
+        if (extent.filling | extent.writing) & blocks:
+            return False
+        write_back = self._write_back
+        if not extent.dirty:
+            if not extent.writing and write_back.full():
+                return False
+            write_back.first_dirtied(extent)
+        extent.view[start:end] = data
+        extent.valid |= blocks
+        extent.dirty |= blocks
+        if extent.dirty == extent.full:
+            write_back.make_ready(extent)
+        return True
+
+    async def _write_piece(self, offset: int, data: Buffer) -> None:
+        """Write bytes of one extent, waiting for whatever is in the way; one thing at a time, then look again."""
+        index, start = divmod(offset, self._extent_length)
+        end = start + len(data)
+        blocks = self._geometry.blocks_of(start, end)
+        partial = self._geometry.partial_blocks(start, end)
+        write_back = self._write_back
+        while self._behind and self._running:
+            if self._store(index, start, end, data):
+                return
+            extent = self._extents.get(index)
+            if extent is None:
+                await self._pool.wait_for_room()
+            elif (extent.filling | extent.writing) & blocks:
+                await extent.changed()
+            elif not (extent.dirty or extent.writing) and write_back.full():
+                extent.pins += 1  # Its blocks may have been filled for us; that shouldn't have been for nothing.
+                try:
+                    await write_back.wait_for_room()
+                finally:
+                    extent.pins -= 1
+                    self._pool.notify()
+            else:
+                await self._filler.demand_all([(extent, partial & ~extent.valid)])
+        await self._through.write(offset, memoryview(data))

@@ -1,0 +1,109 @@
+"""Errors of writes that were acknowledged before, and who has been told.
+
+Like the kernel's ``errseq_t``: errors are numbered, and each open handle remembers the number up to which it knows.
+A handle that asks is told of an error once; every handle that was open at the time is told, each on its own. An
+error that nobody has been told of yet is also reported to a handle that is opened later, so that it isn't lost where
+the only handle was closed before the write failed.
+
+Several errors between two questions are told as one: the first of them since anybody asked, which is most likely
+the cause of the others.
+"""
+
+import errno as _errno
+
+from iscsifuse.errors import IscsifuseError, WriteBackError
+
+__all__ = ["ErrorSequence", "Handle", "WriteBackNoSpaceError", "WriteBackReadOnlyError", "write_back_error"]
+
+
+class WriteBackNoSpaceError(WriteBackError):
+    """An acknowledged write could not be completed because the disk is full."""
+
+    errno = _errno.ENOSPC
+
+
+class WriteBackReadOnlyError(WriteBackError):
+    """An acknowledged write could not be completed because the disk is write-protected."""
+
+    errno = _errno.EROFS
+
+
+_KINDS: dict[int, type[WriteBackError]] = {
+    _errno.ENOSPC: WriteBackNoSpaceError,
+    _errno.EROFS: WriteBackReadOnlyError,
+}
+
+
+def write_back_error(cause: Exception, *, what: str = "") -> WriteBackError:
+    """What becomes of an error of the device that nobody waited for.
+
+    Args:
+        cause: the error; the result is chained from it.
+        what: what failed, as a sentence without its end.
+
+    Returns:
+        A WriteBackError whose ``errno`` is the cause's where that tells the user what to do (ENOSPC, EROFS; the class
+        is one of the two above then), else EIO.
+    """
+    kind = WriteBackError
+    if isinstance(cause, IscsifuseError):
+        kind = _KINDS.get(cause.errno, WriteBackError)
+    reason = str(cause) or type(cause).__name__
+    error = kind(f"{what}: {reason}" if what else reason)
+    error.__cause__ = cause
+    return error
+
+
+class Handle:
+    """Somebody who has the file open: knows which errors it has been told of."""
+
+    __slots__ = ("known",)
+
+    def __init__(self, known: int) -> None:
+        self.known = known
+
+
+class ErrorSequence:
+    """The errors of one file.
+
+    Attributes:
+        count: how many were recorded so far.
+    """
+
+    __slots__ = ("_error", "_told", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._error: WriteBackError | None = None
+        self._told = True
+
+    def record(self, error: WriteBackError) -> None:
+        """A write that was acknowledged, or a flush, failed."""
+        self.count += 1
+        if self._told or self._error is None:
+            self._error = error
+            self._told = False
+
+    def open(self) -> Handle:
+        """A new handle, which will be told of what nobody has been told of yet."""
+        return Handle(self.count if self._told else self.count - 1)
+
+    def check(self, handle: Handle, *, since: int | None = None) -> None:
+        """Raise what the handle hasn't been told of.
+
+        Args:
+            handle: who asks; knows everything afterwards.
+            since: ``count`` when a drain began. What failed during the drain is raised even if another task asked
+                with the same handle meanwhile: neither of the two may report a success.
+
+        Raises:
+            WriteBackError: chained from what was recorded.
+        """
+        if handle.known == self.count and (since is None or since == self.count):
+            return
+        handle.known = self.count
+        self._told = True
+        error = self._error
+        assert error is not None  # noqa: S101  count > 0 says so
+        # A copy: tracebacks grow with each raise of an exception, and handles are told independently.
+        raise type(error)(*error.args) from error.__cause__

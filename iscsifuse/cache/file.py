@@ -1,0 +1,163 @@
+"""What a LUN looks like to a file system, cached or not: the part that is common to both.
+
+That is: handles and the errors they are told of, and flushing. A flush is shared: a caller needs one that *started*
+after his own data had reached the device, so he joins the next one, never one that is already running.
+"""
+
+import abc
+
+import trio
+
+from iscsifuse.cache.device import BlockDevice
+from iscsifuse.cache.errseq import ErrorSequence, Handle, write_back_error
+from iscsifuse.cache.settings import CacheStats
+from iscsifuse.errors import WriteBackError
+
+__all__ = ["BlockFile", "Buffer"]
+
+Buffer = memoryview | bytes | bytearray
+
+
+class BlockFile(abc.ABC):
+    """One LUN as a file of bytes. All methods belong to one trio thread.
+
+    Errors that nobody waited for (of write-back, of a flush) are told to each handle that is open at the time, once,
+    by its next ``drain`` or ``sync``.
+    """
+
+    def __init__(self, device: BlockDevice) -> None:
+        self._device = device
+        self._block_length = device.block_length
+        self._errors = ErrorSequence()
+        self._flushes = 0  # started
+        self._flushed = 0  # the latest that has ended, well or not
+        self._flushing: trio.Event | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes in the device, now."""
+        return self._device.block_count * self._block_length
+
+    def open(self) -> Handle:
+        """A new handle, for ``drain`` and ``sync``; it needn't be closed."""
+        return self._errors.open()
+
+    def report(self, error: Exception) -> None:
+        """Record an error of earlier writes that the device learnt of later.
+
+        A deferred error, or volatile data lost with the power: every handle's next ``drain`` or ``sync`` fails.
+        """
+        self._errors.record(error if isinstance(error, WriteBackError) else write_back_error(error))
+
+    @abc.abstractmethod
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Do the background work until cancelled.
+
+        It is the owner's duty to ``drain`` or ``sync`` first: what is still dirty when this is cancelled is lost,
+        and recorded as an error. Without a running ``run`` there is no read-ahead, and writes go through.
+        """
+
+    @abc.abstractmethod
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Read ``length`` bytes from ``offset``, fewer only at the end of the device (none beyond it).
+
+        Args:
+            offset: of the first byte, not negative.
+            length: bytes.
+
+        Returns:
+            The bytes. **A memoryview is a slice of the cache itself: it is valid until the caller's next
+            checkpoint**, must not be written to, and is to be copied by whoever needs it longer.
+
+        Raises:
+            IscsifuseError: a block of this very range can't be read.
+
+        Cancellation: leaves nothing behind; others who wait for the same blocks read them themselves. Not a
+        checkpoint where the bytes are in memory.
+        """
+
+    @abc.abstractmethod
+    async def write(self, offset: int, data: Buffer) -> int:
+        """Write bytes at ``offset``; cut at the end of the device.
+
+        Args:
+            offset: of the first byte, not negative.
+            data: bytes (format ``B``); must not change until this returns.
+
+        Returns:
+            How many bytes were written.
+
+        Raises:
+            EndOfDeviceError: ``offset`` is at or beyond the end.
+            IscsifuseError: the write failed (write-through), or a block that it covers in part can't be read.
+
+        Cancellation: any part of the data may have been written. Not a checkpoint where the data were just buffered.
+        """
+
+    @abc.abstractmethod
+    def invalidate(self) -> None:
+        """The medium or its capacity changed: forget everything that was read. Dirty data stays."""
+
+    @abc.abstractmethod
+    def stats(self) -> CacheStats:
+        """Counters, and the present state."""
+
+    async def drain(self, handle: Handle | None = None) -> None:
+        """Wait until everything that was written before this call is on the device (has its status).
+
+        Args:
+            handle: who asks. None: somebody with no handle, who is told of what nobody has been told of yet.
+
+        Raises:
+            WriteBackError: a write failed that this handle hasn't been told of.
+
+        Cancellation: the write-back goes on.
+        """
+        handle = handle or self._errors.open()
+        since = self._errors.count
+        await self._drain()
+        self._errors.check(handle, since=since)
+
+    async def sync(self, handle: Handle | None = None) -> None:
+        """Wait until everything that was written before this call is on stable storage.
+
+        Args:
+            handle: as for ``drain``.
+
+        Raises:
+            WriteBackError: a write failed that this handle hasn't been told of, or the flush did.
+
+        Cancellation: the write-back goes on; a flush may have happened or not.
+        """
+        handle = handle or self._errors.open()
+        since = self._errors.count
+        await self._drain()
+        self._errors.check(handle, since=since)
+        await self._flush()
+        self._errors.check(handle, since=since)
+
+    @abc.abstractmethod
+    async def _drain(self) -> None:
+        """Wait until everything that is dirty now is on the device, or has failed and is recorded."""
+
+    async def _flush(self) -> None:
+        """Wait until a flush that starts from now on has ended; its failure is recorded.
+
+        No await lies between looking at ``_flushing`` and setting it or waiting for it: one flush runs at a time.
+        """
+        wanted = self._flushes + 1
+        while self._flushed < wanted:
+            if self._flushing is not None:
+                await self._flushing.wait()
+                continue
+            done = self._flushing = trio.Event()
+            number = self._flushes = self._flushes + 1
+            try:
+                await self._device.flush()
+                self._flushed = number
+            except Exception as error:
+                self._flushed = number
+                self._errors.record(write_back_error(error, what="the disk's write cache could not be flushed"))
+            finally:  # Cancelled: not ended; the next in line flushes himself.
+                self._flushing = None
+                done.set()

@@ -1,0 +1,181 @@
+"""When to read ahead, and how far; pure policy, bytes in, ranges out.
+
+Requests reach the cache slightly out of order (the kernel sends several at once, and trio shuffles tasks), from
+several readers at the same time, in between random ones. Two tables, each least recently used first:
+
+* *candidates*: segments that were read, keyed by their end. A request that begins where one ends makes it longer;
+  one that ends where one begins, too, but proves nothing (that is how reading backwards looks). Segments that meet
+  are joined, so the order of arrival within a stream doesn't matter. A candidate that was continued often enough
+  is a sequential stream: once for large requests (the kernel saw a stream itself), twice for small ones.
+* *streams*: the proven ones. A request that begins at a stream's end is found at once. One that begins close to it
+  is the stream's too: it overtook, or was overtaken. Random requests can't push streams out, only other streams can.
+
+The window begins small and doubles with each step, up to the setting, and up to this stream's share of the memory.
+Read-ahead is issued in steps: as soon as half a window, or ``STEP`` where that is less, has been consumed since the
+last one, the window is filled up again. So a full-grown stream keeps nearly its whole window in flight or in
+memory all the time, instead of alternating between a full and a half one.
+"""
+
+__all__ = ["ReadAhead", "Stream"]
+
+INITIAL = 256 * 1024
+STEP = 1 << 20
+LARGE_REQUEST = 64 * 1024
+NEAR = 2 << 20
+STREAMS = 16
+CANDIDATES = 32
+
+
+class Stream:
+    """A sequential reader.
+
+    Attributes:
+        end: byte after what was read.
+        issued: byte up to which read-ahead was issued.
+        window: bytes that should lie between the two.
+        trigger: the ``end`` from which on the next step is due.
+        dead: forgotten; what was issued for it and not begun yet is pointless.
+    """
+
+    __slots__ = ("dead", "end", "issued", "trigger", "window")
+
+    def __init__(self, end: int) -> None:
+        self.end = self.issued = self.trigger = end
+        self.window = 0
+        self.dead = False
+
+
+class _Candidate:
+    __slots__ = ("continued", "end", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+        self.continued = 0
+
+
+class ReadAhead:
+    """The streams of one LUN.
+
+    Args:
+        largest: the largest window, in bytes; at least 1.
+        budget: bytes that the windows of all streams may have together.
+        extent: bytes in an extent; ranges end at extent boundaries where they can.
+    """
+
+    def __init__(self, *, largest: int, budget: int, extent: int) -> None:
+        self._largest = largest
+        self._budget = budget
+        self._extent = extent
+        self._streams: dict[int, Stream] = {}
+        self._candidates: dict[int, _Candidate] = {}
+        self._starts: dict[int, _Candidate] = {}
+
+    def observe(self, offset: int, end: int, *, size: int) -> tuple[Stream, int, int] | None:
+        """A reader asks for the bytes ``offset`` to ``end - 1``.
+
+        Args:
+            offset: first byte.
+            end: byte after the last one, greater than ``offset``.
+            size: bytes in the device.
+
+        Returns:
+            What to read ahead now: the stream, the first byte, the byte after the last one; None for nothing.
+        """
+        stream = self._streams.pop(offset, None)
+        if stream is None:
+            return self._stray(offset, end, size)
+        stream.end = end
+        self._streams[end] = stream
+        if end < stream.trigger:
+            return None
+        return self._advance(stream, size)
+
+    def failed(self, stream: Stream) -> None:
+        """A read-ahead failed: begin small again."""
+        stream.window = 0
+
+    def refused(self, stream: Stream, position: int) -> None:
+        """There was no room from ``position`` on: take it back, and try again when half of the rest is consumed."""
+        if position < stream.issued:
+            stream.issued = max(position, stream.end)
+            stream.trigger = (stream.end + stream.issued) // 2 + 1
+
+    def reset(self) -> None:
+        """Forget everything: the medium has changed."""
+        for stream in self._streams.values():
+            stream.dead = True
+        self._streams.clear()
+        self._candidates.clear()
+        self._starts.clear()
+
+    def _advance(self, stream: Stream, size: int) -> tuple[Stream, int, int] | None:
+        share = min(self._largest, self._budget // max(1, len(self._streams)))
+        end = stream.end
+        window = stream.window = min(share, stream.window * 2 or INITIAL)
+        stream.trigger = end + max(1, min(window // 2, STEP))
+        start = max(stream.issued, end)
+        target = end + window
+        if target > size:
+            target = size
+        else:
+            whole = target - target % self._extent
+            if whole > start:
+                target = whole
+        if target <= start:
+            return None
+        stream.issued = target
+        return stream, start, target
+
+    def _stray(self, offset: int, end: int, size: int) -> tuple[Stream, int, int] | None:
+        """A request that doesn't begin at a stream's end."""
+        for key, stream in self._streams.items():
+            if key - NEAR <= offset <= key + NEAR:
+                del self._streams[key]
+                stream.end = max(key, end)
+                self._streams[stream.end] = stream
+                return self._advance(stream, size) if stream.end >= stream.trigger else None
+        candidate = self._candidates.pop(offset, None)
+        if candidate is not None:
+            candidate.continued += 1
+            candidate.end = end
+        else:
+            candidate = self._starts.pop(end, None)
+            if candidate is not None:
+                candidate.start = offset
+                self._forget(candidate)
+            else:
+                candidate = _Candidate(offset, end)
+        after = self._starts.get(candidate.end)
+        if after is not None and after is not candidate:
+            self._forget(after)
+            candidate.end = after.end
+            candidate.continued += after.continued + 1
+        if candidate.continued >= (1 if end - offset >= LARGE_REQUEST else 2):
+            self._forget(candidate)
+            return self._promote(candidate.end, size)
+        self._remember(candidate)
+        return None
+
+    def _promote(self, end: int, size: int) -> tuple[Stream, int, int] | None:
+        stream = Stream(end)
+        if len(self._streams) >= STREAMS:
+            self._streams.pop(next(iter(self._streams))).dead = True
+        self._streams[end] = stream
+        return self._advance(stream, size)
+
+    def _remember(self, candidate: _Candidate) -> None:
+        for other in (self._candidates.get(candidate.end), self._starts.get(candidate.start)):
+            if other is not None:
+                self._forget(other)
+        if len(self._candidates) >= CANDIDATES:
+            self._forget(next(iter(self._candidates.values())))
+        self._candidates[candidate.end] = candidate
+        self._starts[candidate.start] = candidate
+
+    def _forget(self, candidate: _Candidate) -> None:
+        """Take a candidate out of both tables, where it is (still) the one that stands there."""
+        if self._candidates.get(candidate.end) is candidate:
+            del self._candidates[candidate.end]
+        if self._starts.get(candidate.start) is candidate:
+            del self._starts[candidate.start]

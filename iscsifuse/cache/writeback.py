@@ -1,0 +1,310 @@
+"""Write-back: dirty blocks on their way to the device.
+
+An extent's way, seen from here (its blocks' states are in ``extent``)::
+
+    clean --first dirty block--> aging --due, full, pressure, drain--> ready --worker takes a run--> writing --> clean
+                                   ^                                                                  |
+                                   +------------------- dirtied again while writing other blocks -----+
+
+* *aging* extents wait ``delay`` seconds from their first dirty block for more: a hot block costs one command per
+  delay, not one per write. An extent all of whose blocks are dirty goes at once, so a sequential stream is
+  written in large pieces with no delay.
+* *ready* is first in, first out. A worker takes the next run of dirty blocks of the first extent, together with what
+  follows it on disk and in memory among the ready ones, up to a mebibyte.
+* *unclean* has every extent with dirty or writing blocks. Their number is bounded: writers who would add one wait.
+
+Invariants:
+
+* A block that is being written is not dirty, and doesn't change: writers wait. So there is at most one write of a
+  block in flight, an old one can't overtake a newer one, and a retransmission sends the same bytes.
+* A block leaves *writing* in one of three ways: written (valid, clean), failed (not valid; the error is recorded),
+  cancelled (dirty again).
+* A barrier holds what was unclean when a drain began, and loses a block when that is written or failed. Blocks that
+  are dirtied later are in no older barrier, so a drain ends however busily others write.
+* Every completion wakes the extent's waiters, those who wait for room here, and those who wait for a slot.
+"""
+
+import trio
+
+from iscsifuse.cache.device import BlockDevice
+from iscsifuse.cache.errseq import ErrorSequence, write_back_error
+from iscsifuse.cache.extent import Extent, Geometry, Transfer, next_run
+from iscsifuse.cache.pool import BufferPool
+from iscsifuse.cache.settings import CacheSettings
+from iscsifuse.cache.workers import Workers
+from iscsifuse.errors import WriteBackError
+
+__all__ = ["LARGEST_TRANSFER", "WriteBack"]
+
+LARGEST_TRANSFER = 1 << 20
+
+
+class _Barrier:
+    __slots__ = ("done", "pending")
+
+    def __init__(self) -> None:
+        self.pending: dict[Extent, int] = {}
+        self.done = trio.Event()
+
+
+class WriteBack:
+    """The dirty data of one LUN.
+
+    Attributes:
+        unclean: every extent with dirty or writing blocks.
+        limit: how many extents may be unclean before writers wait.
+        commands: device writes that were started.
+        written: bytes that reached the device.
+        failures: device writes that failed.
+    """
+
+    def __init__(
+        self,
+        device: BlockDevice,
+        *,
+        pool: BufferPool,
+        settings: CacheSettings,
+        geometry: Geometry,
+        errors: ErrorSequence,
+    ) -> None:
+        self.unclean: dict[Extent, None] = {}
+        self.limit = max(1, (settings.max_dirty or pool.size // 2) // pool.slot_size)
+        self.commands = self.written = self.failures = 0
+        self._device = device
+        self._pool = pool
+        self._geometry = geometry
+        self._errors = errors
+        self._delay = settings.write_back_delay
+        self._depth = settings.depth
+        self._aging: dict[Extent, float] = {}
+        self._ready: dict[Extent, None] = {}
+        self._barriers: list[_Barrier] = []
+        self._room: trio.Event | None = None
+        self._alarm: trio.Event | None = None
+        self._workers = Workers(settings.depth, take=self._take, work=self._write_back)
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Write back in this nursery's tasks from now on."""
+        self._workers.start(nursery)
+        nursery.start_soon(self._clock)
+
+    def stop(self) -> None:
+        """The tasks are gone: what is still dirty is lost, and that is recorded as the error that it is."""
+        self._workers.stop()
+        lost = 0
+        for extent in list(self.unclean):
+            blocks = extent.dirty
+            if blocks:
+                lost += blocks.bit_count()
+                extent.dirty = 0
+                extent.writing |= blocks
+                self._settle(extent, blocks, written=False)
+        self._aging.clear()
+        self._ready.clear()
+        if lost:
+            self._errors.record(
+                WriteBackError(f"the cache was stopped with {lost * self._geometry.block_length} bytes not written")
+            )
+        self._wake()
+
+    # -- the bound ----------------------------------------------------------------------------------------------
+
+    def full(self) -> bool:
+        """Whether another extent may not become unclean now.
+
+        One unclean extent is granted to every LUN, however much the others have; so a writer who is told to wait
+        always has a write of his own LUN to wait for.
+        """
+        own = len(self.unclean)
+        return own > 0 and (own >= self.limit or self._pool.unclean >= self._pool.most_unclean)
+
+    def enter(self, extent: Extent) -> None:
+        """An extent gets dirty or writing blocks."""
+        if extent not in self.unclean:
+            self.unclean[extent] = None
+            self._pool.unclean += 1
+
+    # -- what writers tell --------------------------------------------------------------------------------------
+
+    def first_dirtied(self, extent: Extent) -> None:
+        """An extent with no dirty block has just got one."""
+        self.enter(extent)
+        if extent in self._ready:
+            return
+        self._aging[extent] = trio.current_time() + self._delay
+        if self._alarm is not None:
+            self._alarm.set()
+            self._alarm = None
+        if len(self._aging) > self.limit // 2 > 0:
+            self.make_ready(next(iter(self._aging)))
+
+    def make_ready(self, extent: Extent) -> None:
+        """An extent needn't wait any longer: all its blocks are dirty, its time has come, or there is pressure."""
+        self._aging.pop(extent, None)
+        idle = not self._ready
+        self._ready[extent] = None
+        if idle:  # Else a worker has been kicked for what stands there, and kicks the next one; or all are busy.
+            self._workers.kick()
+
+    def pressure(self) -> None:
+        """Somebody waits for room. If nothing is on its way yet, send the oldest that wait for more."""
+        if not self._ready and not self._workers.busy:
+            for extent in list(self._aging)[: self._depth]:
+                self.make_ready(extent)
+
+    async def wait_for_room(self) -> None:
+        """Wait until it is worth looking again whether it is still ``full``.
+
+        No await lies between the caller's look and the registration. Ends with the next completion of a write, of
+        which at least one is on its way after ``pressure``.
+        """
+        if self._room is None:
+            self._room = trio.Event()
+        room = self._room
+        self.pressure()
+        await room.wait()
+
+    async def drain(self) -> None:
+        """Wait until everything that is unclean now has been written or has failed."""
+        if not self.unclean:
+            return
+        barrier = _Barrier()
+        for extent in sorted(self.unclean, key=lambda extent: extent.index):  # in disk order: they can be merged
+            barrier.pending[extent] = extent.dirty | extent.writing
+            if extent.dirty:
+                self.make_ready(extent)
+        self._barriers.append(barrier)
+        try:
+            await barrier.done.wait()
+        finally:
+            self._barriers.remove(barrier)
+
+    # -- writes that don't wait for a worker --------------------------------------------------------------------
+
+    async def write_through(self, transfer: Transfer) -> None:
+        """Write blocks that the caller has just put into memory and made ``valid`` and ``writing``.
+
+        Raises:
+            IscsifuseError: the device's own error. The blocks are not valid any more.
+
+        Cancellation: the blocks are old or new on the device, and not valid any more.
+        """
+        written = False
+        try:
+            await self._send(transfer)
+            written = True
+        except Exception:
+            self.failures += 1
+            raise
+        finally:
+            self._finish(transfer, written=written)
+
+    def abandon(self, transfer: Transfer) -> None:
+        """A write that ``write_through`` was never called for."""
+        self._finish(transfer, written=False)
+
+    # -- background ---------------------------------------------------------------------------------------------
+
+    async def _clock(self) -> None:
+        """Make extents ready when they are old enough; ``_aging`` is in order of time, as the delay is constant."""
+        while True:
+            if not self._aging:
+                self._alarm = trio.Event()
+                await self._alarm.wait()
+                continue
+            extent, due = next(iter(self._aging.items()))
+            if due > trio.current_time():
+                await trio.sleep_until(due)
+                continue  # It may have gone meanwhile.
+            self.make_ready(extent)
+
+    def _take(self) -> Transfer | None:
+        """The next command; its blocks are ``writing`` from now on."""
+        geometry = self._geometry
+        while self._ready:
+            extent = next(iter(self._ready))
+            if not extent.dirty:
+                del self._ready[extent]
+                continue
+            first, stop = next_run(extent.dirty, extent.cursor)
+            stop = min(stop, first + max(1, LARGEST_TRANSFER // geometry.block_length))
+            transfer = Transfer.of(geometry, extent, first, stop)
+            self._begin(extent, transfer)
+            while stop == geometry.blocks:
+                following = extent.home.get(extent.index + 1)
+                if following is None or following not in self._ready or not following.dirty & 1:
+                    break
+                extent = following
+                stop = next_run(extent.dirty, 0)[1]
+                if transfer.end - transfer.begin + stop * geometry.block_length > LARGEST_TRANSFER:
+                    break
+                if not transfer.add(geometry, extent, 0, stop):
+                    break
+                self._begin(extent, transfer)
+            if self._ready:
+                self._workers.kick()
+            return transfer
+        return None
+
+    def _begin(self, extent: Extent, transfer: Transfer) -> None:
+        blocks = transfer.parts[-1][1]
+        extent.dirty &= ~blocks
+        extent.writing |= blocks
+        extent.cursor = blocks.bit_length() % self._geometry.blocks
+        if not extent.dirty:
+            self._ready.pop(extent, None)
+
+    async def _write_back(self, transfer: Transfer) -> None:
+        try:
+            await self._send(transfer)
+        except Exception as error:
+            self.failures += 1
+            count = (transfer.end - transfer.begin) // self._geometry.block_length
+            what = f"a buffered write of {count} blocks at LBA {transfer.lba} did not reach the disk"
+            self._errors.record(write_back_error(error, what=what))
+            self._finish(transfer, written=False)
+        except BaseException:
+            for extent, blocks in transfer.parts:
+                extent.writing &= ~blocks
+                if not extent.dirty:
+                    self.first_dirtied(extent)
+                extent.dirty |= blocks
+                extent.wake()
+            raise
+        else:
+            self._finish(transfer, written=True)
+
+    async def _send(self, transfer: Transfer) -> None:
+        self.commands += 1
+        await self._device.write(self._pool.view[transfer.begin : transfer.end], lba=transfer.lba)
+        self.written += transfer.end - transfer.begin
+
+    def _finish(self, transfer: Transfer, *, written: bool) -> None:
+        for extent, blocks in transfer.parts:
+            self._settle(extent, blocks, written=written)
+        self._wake()
+
+    def _settle(self, extent: Extent, blocks: int, *, written: bool) -> None:
+        """Some blocks aren't being written any more; one that failed has lost its content."""
+        extent.writing &= ~blocks
+        if not written:
+            extent.valid &= ~blocks
+            extent.touched &= ~blocks
+        if not extent.dirty and not extent.writing:
+            del self.unclean[extent]
+            self._pool.unclean -= 1
+            self._pool.settle(extent)
+        extent.wake()
+        for barrier in self._barriers:
+            left = barrier.pending.get(extent, 0) & ~blocks
+            if left:
+                barrier.pending[extent] = left
+            elif barrier.pending.pop(extent, None) is not None and not barrier.pending:
+                barrier.done.set()
+
+    def _wake(self) -> None:
+        if self._room is not None:
+            self._room.set()
+            self._room = None
