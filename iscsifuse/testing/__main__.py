@@ -1,12 +1,13 @@
 """``python -m iscsifuse.testing [options] IMAGE...``: serve image files over iSCSI on this machine.
 
-Prints one line, ``listening on 127.0.0.1:PORT``, when it is ready, and ends on SIGTERM or SIGINT with everything on stable
-storage. Everything else goes to stderr.
+Prints one line, ``listening on 127.0.0.1:PORT``, when it is ready, and ends on SIGTERM or SIGINT with everything on
+stable storage. Everything else goes to stderr.
 """
 
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import trio
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parse(arguments)
     disks: list[Disk] = []
+    failures: list[str] = []
     try:
         for number, image in enumerate(options.images, options.first_lun):
             disk = Disk.from_file(image, block_length=options.block_length, lun=number, read_only=options.read_only)
@@ -58,13 +60,23 @@ def main(arguments: list[str] | None = None) -> int:
             record=False,
         )
         trio.run(_serve, config)
-    except OSError as error:
-        sys.stderr.write(f"iscsifuse.testing: {error}\n")
-        return 1
+    except* OSError as group:
+        failures = [str(error) for error in _leaves(group)]
     finally:
         for disk in disks:
             disk.close()
-    return 0
+    for failure in failures:
+        sys.stderr.write(f"iscsifuse.testing: {failure}\n")
+    return 1 if failures else 0
+
+
+def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[OSError]:
+    """The exceptions themselves, however deep their groups are."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 if __name__ == "__main__":

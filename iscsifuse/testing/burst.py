@@ -1,8 +1,9 @@
 """The data of one write, as an initiator has to send it.
 
-Three kinds of data may belong to a command: *immediate* (in the command PDU), *unsolicited* (Data-Out without a Target
-Transfer Tag, announced by F=0 in the command), and *solicited* (Data-Out that answer an R2T, by its tag). Each unsolicited
-or solicited sequence starts with DataSN 0, is contiguous, ends with the F bit, and has exactly its length.
+Three kinds of data may belong to a command: *immediate* (in the command PDU), *unsolicited* (Data-Out without a
+Target Transfer Tag, announced by F=0 in the command), and *solicited* (Data-Out that answer an R2T, by its tag). Each
+unsolicited or solicited sequence starts with DataSN 0, is contiguous, ends with the F bit, and has exactly its
+length.
 
 A :class:`WriteBursts` is told what was sent and received, and says what was wrong with it.
 Source: RFC 7143 §4.2.5.2, §11.3.4, §11.7, §13.11, §13.14.

@@ -1,7 +1,7 @@
-"""CHAP as the side that asks: offers an algorithm and a challenge, checks the answer, and proves itself where it is asked to.
+"""CHAP as the side that asks: offers an algorithm and a challenge, checks the answer, proves itself where asked to.
 
-It is written on its own, from the standard, and shares no code with the initiator's: an error in one is then found by the
-other. Source: RFC 7143 §12.1.3; RFC 1994.
+It is written on its own, from the standard, and shares no code with the initiator's: an error in one is then found by
+the other. Source: RFC 7143 §12.1.3; RFC 1994.
 """
 
 import hashlib
@@ -52,9 +52,10 @@ class ChapTarget:
         raise ChapRefusedError("CHAP keys are missing or out of order")
 
     def _challenge_with(self, offered: str) -> list[Pair]:
+        known = {str(number): number for number in self._policy.algorithms if number in _HASHES}
         for choice in offered.split(","):
-            if choice.isdigit() and int(choice) in self._policy.algorithms and int(choice) in _HASHES:
-                self._algorithm = int(choice)
+            if choice in known:
+                self._algorithm = known[choice]
                 self._identifier = secrets.randbelow(256)
                 self._challenge = secrets.token_bytes(_CHALLENGE_LENGTH)
                 return [

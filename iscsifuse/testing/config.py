@@ -141,7 +141,7 @@ class TargetConfig:
         initial_stat_sn: of each connection.
         status_in_data: GOOD status of a read comes in its last Data-In.
         reverse_r2t: R2Ts of a command go out last piece first (it still honours MaxOutstandingR2T).
-        reorder: a seed; commands that are ready are executed in random order. None is in order.
+        reorder: a seed; commands that are ready are executed in random order. None is first come, first served.
         latency: seconds that every SCSI command takes at least; commands wait side by side.
         text_chunk: bytes of one Text Response at most; 0 is what the initiator takes.
         login_attention: the unit attention of a new session.

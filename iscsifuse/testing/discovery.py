@@ -1,7 +1,7 @@
 """Text requests in the full feature phase: SendTargets, and the splitting of its answer.
 
-An answer that doesn't fit one PDU travels in pieces: C=1, F=0 and a Target Transfer Tag, and an empty request with that tag
-fetches the next one. Source: RFC 7143 §11.10, §11.11, Appendix C.
+An answer that doesn't fit one PDU travels in pieces: C=1, F=0 and a Target Transfer Tag, and an empty request with
+that tag fetches the next one. Source: RFC 7143 §11.10, §11.11, Appendix C.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from iscsifuse.iscsi import text
 from iscsifuse.iscsi.pdu import RESERVED_TAG
 from iscsifuse.iscsi.request import TextRequest
 from iscsifuse.iscsi.response import TextResponse
+from iscsifuse.testing.numbers import Numbers
 
 __all__ = ["TextExchange"]
 
@@ -32,7 +33,7 @@ class TextExchange:
         self._pieces: list[bytes] = []
         self._ttt = RESERVED_TAG
 
-    def answer(self, pdu: TextRequest, *, stat_sn: int, exp_cmd_sn: int, max_cmd_sn: int) -> TextResponse:
+    def answer(self, pdu: TextRequest, numbers: Numbers) -> TextResponse:
         """The response to a Text Request."""
         if pdu.ttt == RESERVED_TAG or pdu.ttt != self._ttt:
             # A new exchange: what was left of another is forgotten.
@@ -52,9 +53,9 @@ class TextExchange:
             final=final,
             cont=more,
             ttt=self._ttt,
-            stat_sn=stat_sn,
-            exp_cmd_sn=exp_cmd_sn,
-            max_cmd_sn=max_cmd_sn,
+            stat_sn=numbers.next_stat_sn(),
+            exp_cmd_sn=numbers.exp_cmd_sn,
+            max_cmd_sn=numbers.max_cmd_sn,
             data=piece,
         )
 

@@ -1,9 +1,9 @@
 """One logical unit: blocks, and everything that can be wrong with them.
 
-The volatile cache is modelled by its consequences. A write goes to the backing at once, so that reads see it; what stable
-storage still holds for a block goes into a journal, once. What makes blocks stable (SYNCHRONIZE CACHE, force unit access)
-takes them out of the journal, and :meth:`Disk.power_cut` writes the journal back. Invariant: the backing with the journal
-written back is what is on stable storage.
+The volatile cache is modelled by its consequences. A write goes to the backing at once, so that reads see it; what
+stable storage still holds for a block goes into a journal, once. What makes blocks stable (SYNCHRONIZE CACHE, force
+unit access) takes them out of the journal, and :meth:`Disk.power_cut` writes the journal back. Invariant: the backing
+with the journal written back is what is on stable storage.
 
 Unit attentions are a log that only grows; each nexus has its own reading position in it (see ``scsi_engine``), so
 whoever changes a disk needs to know nobody.

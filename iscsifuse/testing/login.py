@@ -5,9 +5,9 @@
     first request ── names? ── redirected? ──┬─ CSG 0: security ──T──┬─ CSG 1: operational ──T──> full feature phase
                                              └───────────────────────┘        (or from CSG 0 at once)
 
-Text that comes with C=1 is answered with an empty response until it is whole. A request that is refused gets a response with
-a status, and the connection ends. What was agreed takes effect after the last response, which this module
-makes and its caller sends: between the two the caller replaces the session that this one reinstates.
+Text that comes with C=1 is answered with an empty response until it is whole. A request that is refused gets a
+response with a status, and the connection ends. What was agreed takes effect after the last response, which this
+module makes and its caller sends: between the two the caller replaces the session that this one reinstates.
 
 Source: RFC 7143 §6.3 (login), §11.12, §11.13 (fields and statuses), §12 (security keys).
 """

@@ -1,7 +1,7 @@
 """The commands that touch blocks, on one disk.
 
-Every function gets a CDB whose range was checked (see ``scsi_engine``) and returns the data for the initiator. What can't be
-done raises SenseError, and leaves the blocks as they were. Source: SBC-3 §5.
+Every function gets a CDB whose range was checked (see ``scsi_engine``) and returns the data for the initiator. What
+can't be done raises SenseError, and leaves the blocks as they were. Source: SBC-3 §5.
 """
 
 from collections.abc import Callable

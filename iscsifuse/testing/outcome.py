@@ -1,7 +1,7 @@
 """How a command ends: a status, sense data, and what it moved.
 
-A command that can't be done raises :class:`SenseError` wherever that is found out; the engine makes an :class:`Outcome` of
-it. Source: SAM-5 §5.3, SPC-4 §4.5.
+A command that can't be done raises :class:`SenseError` wherever that is found out; the engine makes an
+:class:`Outcome` of it. Source: SAM-5 §5.3, SPC-4 §4.5.
 """
 
 from dataclasses import dataclass
@@ -69,5 +69,5 @@ class SenseError(Exception):
 
 
 def illegal_request(asc: int, ascq: int = 0) -> SenseError:
-    """ILLEGAL REQUEST with this additional sense code: 20h operation code, 21h LBA, 24h field in CDB, 26h in the list."""
+    """ILLEGAL REQUEST for a reason: 20h operation code, 21h LBA, 24h field in the CDB, 26h field in the list."""
     return SenseError(SenseKey.ILLEGAL_REQUEST, asc, ascq)

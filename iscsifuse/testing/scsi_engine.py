@@ -1,13 +1,13 @@
 """A SCSI device server: CDBs against the disks of one target.
 
-A command goes through two doors. :meth:`ScsiEngine.check` is asked when it has arrived: is there such a LUN, does a unit
-attention have to be told first, is the operation code known, is the unit ready, may the medium be changed, are the
-blocks there? A command that fails here needs no data. :meth:`ScsiEngine.perform` executes it, with all of its data. What
-can change in between (the capacity, say) is looked at again.
+A command goes through two doors. :meth:`ScsiEngine.check` is asked when it has arrived: is there such a LUN, does a
+unit attention have to be told first, is the operation code known, is the unit ready, may the medium be changed, are
+the blocks there? A command that fails here needs no data. :meth:`ScsiEngine.perform` executes it, with all of its
+data. What can change in between (the capacity, say) is looked at again.
 
-**Unit attentions.** Each nexus has a queue for each logical unit: what the login put there (power on, nexus loss), and
-what the disk's log gained since the nexus last looked. INQUIRY, REPORT LUNS and REQUEST SENSE pass them by; the last
-one reads them instead.
+**Unit attentions.** Each nexus has a queue for each logical unit: what the login put there (power on, nexus loss),
+and what the disk's log gained since the nexus last looked. INQUIRY, REPORT LUNS and REQUEST SENSE pass them by; the
+last one reads them instead.
 
 **The ledger** says what was executed, in order, and nothing about what was refused at the first door.
 

@@ -1,8 +1,8 @@
 """The loopback target: portals, connections, sessions, and how to run them.
 
-One task serves one connection: it logs in, becomes a session, and ends with it. A failure of a connection stays its own. A new
-session with the initiator name, ISID and target name of an old one replaces it (reinstatement): the old connection is dropped
-and its tasks end unexecuted, before the login is answered.
+One task serves one connection: it logs in, becomes a session, and ends with it. A failure of a connection stays its
+own. A new session with the initiator name, ISID and target name of an old one replaces it (reinstatement): the old
+connection is dropped and its tasks end unexecuted, before the login is answered.
 
 Three ways to run it::
 
@@ -187,7 +187,7 @@ class LoopbackTarget:
         return _address(*self._portals[0])
 
     def url(self, *, target: str | None = None, lun: int | None = None) -> str:
-        """The URL of the portal, of a target, or of one of its LUNs (of the first target, if only the LUN is told)."""
+        """The URL of the portal, of a target, or of a LUN (of the first target, if only a LUN is told)."""
         if target is None and lun is not None:
             target = self.config.nodes[0].name
         return "/".join(
@@ -241,7 +241,7 @@ class LoopbackTarget:
         """Another command window, for sessions that are there and to come; they are told at once."""
         self.config.window = window
         for session in self.sessions:
-            session.window = window
+            session.numbers.window = window
             session.announce()
 
     def asynchronous(self, event: int, *, parameter1: int = 0, parameter2: int = 0, parameter3: int = 0) -> None:

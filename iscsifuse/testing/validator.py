@@ -1,8 +1,8 @@
 """Everything that an initiator sends, held against RFC 7143. One validator watches one connection.
 
-It sees what really came (before a script touches it) and what really went out (after a script touched it), so it knows
-exactly what the initiator can know: the window that was told, the R2Ts that were sent, which tasks are over. It decides
-nothing: each violation is a sentence in a list, and the target goes on.
+It sees what really came (before a script touches it) and what really went out (after a script touched it), so it
+knows exactly what the initiator can know: the window that was told, the R2Ts that were sent, which tasks are over. It
+decides nothing: each violation is a sentence in a list, and the target goes on.
 
 What is in flight is not held against the initiator: data that was asked for is welcome after its task has ended.
 Source: RFC 7143 §4.2.2 (numbering), §4.2.5 (data), §6.3 (login), §11 (fields).

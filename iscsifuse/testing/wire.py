@@ -1,9 +1,9 @@
-"""One byte stream as PDUs: what is received goes past the validator and the script, what is sent past the script and the
-validator.
+"""One byte stream as PDUs, through digests, script and validator.
 
-One task reads (whoever calls :meth:`Wire.receive`), one writes (:meth:`Wire.run_writer`); :meth:`Wire.send` only queues and
-never waits. Digests are switched on by the login, and take effect for what is queued from then on. The stream may
-be a socket or any other `trio.abc.Stream`, such as one in memory.
+What is received goes past the validator first, then the script; what is sent past the script first, then the
+validator. One task reads (whoever calls :meth:`Wire.receive`), one writes (:meth:`Wire.run_writer`);
+:meth:`Wire.send` only queues and never waits. Digests are switched on by the login, and take effect for what is
+queued from then on. The stream may be a socket or any other `trio.abc.Stream`, such as one in memory.
 
 A wire that has ended stays ended: ``receive`` raises :class:`WireClosedError`, ``send`` does nothing.
 """
@@ -20,7 +20,8 @@ from trio.testing import MemoryReceiveStream, MemorySendStream
 from iscsifuse.errors import FormatError
 from iscsifuse.iscsi.digest import DIGEST_LENGTH, crc32c_bytes
 from iscsifuse.iscsi.pdu import BHS_LENGTH, Pdu, decode, padding, split_lengths
-from iscsifuse.testing.script import IN, OUT, Answer, Channel, End, Hang, Pass, Pause, Step, reparse
+from iscsifuse.testing.actions import Answer, End, Hang, Pass, Pause, Step, reparse
+from iscsifuse.testing.script import IN, OUT, Channel
 from iscsifuse.testing.validator import Validator
 
 __all__ = ["Incoming", "Wire", "WireClosedError"]
