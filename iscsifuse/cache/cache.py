@@ -39,7 +39,11 @@ from iscsifuse.errors import ParameterDataError
 __all__ = ["BlockCache"]
 
 # Fruitless rounds of a read (fills under it failed, or didn't count) before it is made past the cache.
-_PATIENCE = 2
+_PATIENCE = 1
+# Reads past the cache, of this LUN, that may be under way at once; each takes at most 1 MiB, the longest request.
+# Small ones don't count: they are many where a block is dying, and shouldn't queue for its timeouts.
+_MOST_ASIDE = 12
+_SMALL = 64 * 1024
 
 
 class BlockCache(BlockFile):
@@ -77,6 +81,7 @@ class BlockCache(BlockFile):
             block_count=lambda: device.block_count,
         )
         self._watching = False
+        self._aside = trio.Semaphore(_MOST_ASIDE)
         self._hits = self._misses = self._uncached = 0
         self._uncached_bytes = self._uncached_commands = self._writes = 0
 
@@ -176,14 +181,13 @@ class BlockCache(BlockFile):
         await self._filler.demand(Transfer.of(self._geometry, extent, first, last))
         # No await since the fill: what is valid now can't go before the caller's next checkpoint.
         if wanted & ~extent.valid:  # Invalidated meanwhile.
-            return await self._read_span(offset, stop)
+            return await self._read_span(offset, stop, waited=True)
         self._pool.touch(extent, wanted, start=start, stop=end)
         return extent.view[start:end]
 
-    async def _read_span(self, offset: int, stop: int) -> Buffer:
+    async def _read_span(self, offset: int, stop: int, *, waited: bool = False) -> Buffer:
         """Any read: of several extents, of several runs, of blocks that others are filling."""
         length = self._extent_length
-        waited = False
         patience = _PATIENCE
         lost = self._filler.generation
         pinned: list[Extent] = []
@@ -271,6 +275,13 @@ class BlockCache(BlockFile):
         if not counted:
             self._misses += 1
         self._uncached += 1
+        if stop - offset <= _SMALL:
+            return await self._read_aside(offset, stop)
+        # The LUN's own turn first: a disk that hangs can hold a few of the common ones, and never all of them.
+        async with self._aside, self._pool.aside:
+            return await self._read_aside(offset, stop)
+
+    async def _read_aside(self, offset: int, stop: int) -> Buffer:
         block = self._block_length
         first, last = offset // block, -(-stop // block)
         buffer = memoryview(bytearray((last - first) * block))
@@ -335,9 +346,12 @@ class BlockCache(BlockFile):
 
     def _store(self, index: int, start: int, end: int, data: Buffer) -> bool:
         """Put bytes of one extent into the buffer, if that can be done now."""
-        extent = self._extents.get(index) or self._filler.allocate(index)
+        write_back = self._write_back
+        extent = self._extents.get(index)
         if extent is None:
-            return False
+            extent = None if write_back.full() else self._filler.allocate(index)
+            if extent is None:
+                return False
         block = self._block_length
         first, head = divmod(start, block)
         last, tail = divmod(end, block)
@@ -350,7 +364,6 @@ class BlockCache(BlockFile):
         blocks = (1 << last) - (1 << first)
         if (extent.filling | extent.writing) & blocks:
             return False
-        write_back = self._write_back
         if not extent.dirty:
             if not extent.writing and write_back.full():
                 return False
@@ -358,7 +371,7 @@ class BlockCache(BlockFile):
         extent.view[start:end] = data
         extent.valid |= blocks
         extent.dirty |= blocks
-        if extent.dirty == extent.full:
+        if extent.dirty == extent.full and not tail:  # The rest of a block is likely to come.
             write_back.make_ready(extent)
         return True
 
@@ -373,17 +386,12 @@ class BlockCache(BlockFile):
             if self._store(index, start, end, data):
                 return
             extent = self._extents.get(index)
-            if extent is None:
+            if (extent is None or not (extent.dirty or extent.writing)) and write_back.full():
+                await write_back.wait_for_room()  # Holding nothing: it may take as long as a disk is stuck.
+            elif extent is None:
                 await self._pool.wait_for_room()
             elif (extent.filling | extent.writing) & blocks:
                 await extent.changed()
-            elif not (extent.dirty or extent.writing) and write_back.full():
-                extent.pins += 1  # Its blocks may have been filled for us; that shouldn't have been for nothing.
-                try:
-                    await write_back.wait_for_room()
-                finally:
-                    extent.pins -= 1
-                    self._pool.notify()
             else:
                 await self._filler.demand_all([(extent, partial & ~extent.valid)])
         await self._through.write(offset, memoryview(data))

@@ -49,7 +49,7 @@ class Filler:
             self.extents,
             index,
             length=geometry.length,
-            blocks=min(geometry.blocks, self._device.block_count - index * geometry.blocks),
+            blocks=max(0, min(geometry.blocks, self._device.block_count - index * geometry.blocks)),
             ahead=ahead,
         )
 

@@ -30,6 +30,7 @@ from iscsifuse.cache.extent import Extent, span
 __all__ = ["BufferPool"]
 
 _FEWEST_SLOTS = 4
+_MOST_ASIDE = 24
 
 _Queue = OrderedDict[Extent, None]
 
@@ -50,6 +51,7 @@ class BufferPool:
         unclean: extents with data that isn't on its device yet, of all LUNs.
         most_unclean: how many of these there should be at most: readers need slots, too.
         wanted: set when somebody waits for a slot; see ``notify``.
+        aside: bounds the memory beside the arena: large reads past the cache, of all LUNs, under way at once.
     """
 
     def __init__(self, size: int, *, slot_size: int = 256 * 1024) -> None:
@@ -62,6 +64,7 @@ class BufferPool:
         self.evictions = self.unclean = 0
         self.most_unclean = self.slots - max(2, self.slots // 4)
         self.wanted: trio.Event | None = None
+        self.aside = trio.Semaphore(_MOST_ASIDE)
         self._owners: list[Extent | None] = [None] * self.slots
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.slots))
         self._ahead: _Queue = OrderedDict()

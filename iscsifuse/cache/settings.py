@@ -17,7 +17,7 @@ class CacheSettings:
         max_dirty: bytes of this LUN's extents that may hold unwritten data before writers wait; 0 for half of the
             pool. Whole extents are counted, however few of their blocks are dirty; at least one is granted.
         write_back_delay: seconds that a partly dirtied extent waits for more writes before it is written back.
-        depth: write-back commands in flight at once, and likewise read-ahead commands.
+        depth: write-back commands in flight at once, and likewise read-ahead commands; at least 1.
     """
 
     read_ahead: int = 8 << 20

@@ -9,6 +9,7 @@ An extent's way, seen from here (its blocks' states are in ``extent``)::
 * *aging* extents wait ``delay`` seconds from their first dirty block for more: a hot block costs one command per
   delay, not one per write. An extent all of whose blocks are dirty goes at once, so a sequential stream is
   written in large pieces with no delay.
+* What has dirty blocks is either aging or ready, and nothing else is.
 * *ready* is first in, first out. A worker takes the next run of dirty blocks of the first extent, together with what
   follows it on disk and in memory among the ready ones, up to a mebibyte.
 * *unclean* has every extent with dirty or writing blocks. Their number is bounded: writers who would add one wait.
@@ -131,8 +132,6 @@ class WriteBack:
     def first_dirtied(self, extent: Extent) -> None:
         """An extent with no dirty block has just got one."""
         self.enter(extent)
-        if extent in self._ready:
-            return
         self._aging[extent] = trio.current_time() + self._delay
         if self._alarm is not None:
             self._alarm.set()
@@ -222,31 +221,28 @@ class WriteBack:
 
     def _take(self) -> Transfer | None:
         """The next command; its blocks are ``writing`` from now on."""
+        if not self._ready:
+            return None
         geometry = self._geometry
-        while self._ready:
-            extent = next(iter(self._ready))
-            if not extent.dirty:
-                del self._ready[extent]
-                continue
-            first, stop = next_run(extent.dirty, extent.cursor)
-            stop = min(stop, first + max(1, LARGEST_TRANSFER // geometry.block_length))
-            transfer = Transfer.of(geometry, extent, first, stop)
+        extent = next(iter(self._ready))
+        first, stop = next_run(extent.dirty, extent.cursor)
+        stop = min(stop, first + max(1, LARGEST_TRANSFER // geometry.block_length))
+        transfer = Transfer.of(geometry, extent, first, stop)
+        self._begin(extent, transfer)
+        while stop == geometry.blocks:
+            following = extent.home.get(extent.index + 1)
+            if following is None or following not in self._ready or not following.dirty & 1:
+                break
+            extent = following
+            stop = next_run(extent.dirty, 0)[1]
+            if transfer.end - transfer.begin + stop * geometry.block_length > LARGEST_TRANSFER:
+                break
+            if not transfer.add(geometry, extent, 0, stop):
+                break
             self._begin(extent, transfer)
-            while stop == geometry.blocks:
-                following = extent.home.get(extent.index + 1)
-                if following is None or following not in self._ready or not following.dirty & 1:
-                    break
-                extent = following
-                stop = next_run(extent.dirty, 0)[1]
-                if transfer.end - transfer.begin + stop * geometry.block_length > LARGEST_TRANSFER:
-                    break
-                if not transfer.add(geometry, extent, 0, stop):
-                    break
-                self._begin(extent, transfer)
-            if self._ready:
-                self._workers.kick()
-            return transfer
-        return None
+        if self._ready:
+            self._workers.kick()
+        return transfer
 
     def _begin(self, extent: Extent, transfer: Transfer) -> None:
         blocks = transfer.parts[-1][1]
@@ -261,8 +257,8 @@ class WriteBack:
             await self._send(transfer)
         except Exception as error:
             self.failures += 1
-            count = (transfer.end - transfer.begin) // self._geometry.block_length
-            what = f"a buffered write of {count} blocks at LBA {transfer.lba} did not reach the disk"
+            last = transfer.lba + (transfer.end - transfer.begin) // self._geometry.block_length - 1
+            what = f"a buffered write of LBA {transfer.lba} to {last} did not reach the disk"
             self._errors.record(write_back_error(error, what=what))
             self._finish(transfer, written=False)
         except BaseException:
