@@ -4,10 +4,11 @@ Source: RFC 7143 §4.3, Appendix C.
 """
 
 import logging
+from dataclasses import replace
 
 import trio
 
-from iscsifuse.errors import ConnectError, LoginTimeoutError, ProtocolError, SessionLostError
+from iscsifuse.errors import AuthenticationError, ConnectError, LoginTimeoutError, ProtocolError, SessionLostError
 from iscsifuse.initiator.login import LoggedIn, log_in, login_config, make_isid
 from iscsifuse.initiator.settings import DiscoveredTarget, Portal, SessionSettings, TargetPortal
 from iscsifuse.initiator.transport import Transport
@@ -38,8 +39,8 @@ async def discover(portal: Portal, settings: SessionSettings) -> list[Discovered
         LoginError: the portal refused; see its subclasses.
         ProtocolError: the answer breaks the standard.
     """
-    login = await log_in(portal, login_config(settings, None), isid=make_isid(), limit=settings.login_timeout)
     limit = settings.login_timeout
+    login = await _log_in(portal, settings)
     try:
         with trio.move_on_after(limit) as scope:
             talk = _Conversation(login)
@@ -52,6 +53,25 @@ async def discover(portal: Portal, settings: SessionSettings) -> list[Discovered
     finally:
         login.transport.close()
     return _targets(pairs, login.portal)
+
+
+async def _log_in(portal: Portal, settings: SessionSettings) -> LoggedIn:
+    """Log in for discovery: with CHAP where the user gave a secret, and else without.
+
+    Many targets have accounts for their disks and none for discovery, and refuse CHAP there. A list of names is no
+    secret, and each target on it still has to pass the user's CHAP before it gets a command.
+    """
+    config = login_config(settings, None)
+    try:
+        return await log_in(portal, config, isid=make_isid(), limit=settings.login_timeout)
+    except AuthenticationError as refused:
+        if settings.chap is None:
+            raise
+        try:
+            plain = replace(config, chap=None)
+            return await log_in(portal, plain, isid=make_isid(), limit=settings.login_timeout)
+        except AuthenticationError:
+            raise refused from None
 
 
 class _Conversation:

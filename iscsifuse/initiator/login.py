@@ -10,7 +10,16 @@ import secrets
 
 import trio
 
-from iscsifuse.errors import ConnectError, FormatError, LoginError, LoginTimeoutError, ProtocolError, SessionLostError
+from iscsifuse.errors import (
+    ConnectError,
+    FormatError,
+    LoginError,
+    LoginTimeoutError,
+    NegotiationError,
+    NothingFoundError,
+    ProtocolError,
+    SessionLostError,
+)
 from iscsifuse.initiator.settings import DEFAULT_PORT, Portal, SessionSettings
 from iscsifuse.initiator.transport import Transport
 from iscsifuse.iscsi.chap import ChallengeMemory
@@ -96,6 +105,12 @@ async def log_in(portal: Portal, config: LoginConfig, *, isid: bytes, limit: flo
             except SessionLostError as error:
                 transport.close()
                 raise LoginError(f"{place} ended the connection during the login ({error})") from error
+            except NothingFoundError:  # names its target by itself
+                transport.close()
+                raise
+            except (LoginError, NegotiationError) as error:
+                transport.close()
+                raise _placed(error, f"{config.target_name or 'discovery'} at {place}") from error
             except BaseException:
                 transport.close()
                 raise
@@ -110,6 +125,12 @@ async def log_in(portal: Portal, config: LoginConfig, *, isid: bytes, limit: flo
         f"{place} took the connection, but did not answer the login within {limit:g} seconds "
         "(is that an iSCSI portal?)"
     )
+
+
+def _placed(error: LoginError | NegotiationError, where: str) -> LoginError | NegotiationError:
+    """The same error, saying where it happened: of several targets, any may have refused."""
+    sentence = f"{where}: {error}"
+    return type(error)(sentence, status=error.status) if isinstance(error, LoginError) else type(error)(sentence)
 
 
 async def _exchange(transport: Transport, config: LoginConfig, *, isid: bytes) -> LoggedIn | Portal:

@@ -190,6 +190,8 @@ class Nexus:
             try:
                 return await session.execute(cdb, lun=lun, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact)
             except SessionLostError:
+                # Who was cancelled meanwhile, but couldn't be told while the target had the command, is told so.
+                await trio.lowlevel.checkpoint_if_cancelled()
                 replays += 1
                 if self.settings.reconnect_timeout == 0 or replays > MAX_REPLAYS:
                     raise

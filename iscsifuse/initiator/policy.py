@@ -168,8 +168,9 @@ def _error(kind: type[CommandError], sense: Sense, what: str) -> CommandError:
 
 
 def _medium_error(sense: Sense, what: str) -> MediumError:
+    bad = f" (bad block: LBA {sense.information})" if sense.information is not None else ""
     return MediumError(
-        f"{what} failed: {sense.describe()}",
+        f"{what} failed: {sense.describe()}{bad}",
         status=Status.CHECK_CONDITION,
         sense_key=sense.key,
         asc=sense.asc,
