@@ -50,13 +50,14 @@ def as_text(document: Document, *, now: float) -> str:
     """
     from iscsifuse.cli.words import pairs
 
-    access = "read-write" if document.get("read_write") else "read-only"
-    caching = "direct_io" if document.get("direct_io") else f"write={_word(document, 'write')}"
+    access = f"read-write, write={_word(document, 'write')}" if document.get("read_write") else "read-only"
+    if document.get("direct_io"):
+        access += ", direct_io"
     sections = [
         pairs(
             f"{_word(document, 'mountpoint')}: {_word(document, 'source')}",
             {
-                "access": f"{access}, {caching}",
+                "access": access,
                 "daemon": f"process {_word(document, 'pid')}, iscsifuse {_word(document, 'version')}",
                 "mounted": _moment(document.get("started"), now=now),
             },

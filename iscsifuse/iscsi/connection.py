@@ -330,9 +330,7 @@ class Connection:
 
     def take_events(self) -> list[Event]:
         """The events since they were last taken."""
-        events = self._events
-        if events:
-            self._events = []
+        events, self._events = self._events, []
         return events
 
     def on_header(self, header: memoryview, ahs_length: int, data_length: int) -> memoryview | None:

@@ -46,7 +46,7 @@ class LoginConfig:
             costs little, and targets have to reserve this much for each command.
         max_outstanding_r2t: 8: with a target that has small bursts (64 KiB is common) one command can keep half a
             megabyte in flight. Each costs us a few numbers only.
-        default_time2wait: the standard's own default; the result is the greater of both sides.
+        default_time2wait: 0: the result is the greater of both sides, and only the target knows what it needs.
         default_time2retain: 0: at error recovery level 0 no task survives its connection.
         max_connections: 1, all that is implemented.
         error_recovery_level: 0, all that is implemented.
@@ -64,7 +64,7 @@ class LoginConfig:
     max_burst_length: int = 16776192
     first_burst_length: int = 262144
     max_outstanding_r2t: int = 8
-    default_time2wait: int = 2
+    default_time2wait: int = 0
     default_time2retain: int = 0
     max_connections: int = 1
     error_recovery_level: int = 0

@@ -98,8 +98,8 @@ def test_words() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"read_write": False}, "access   read-only, write=through"),
-        ({"direct_io": True}, "access   read-write, direct_io"),
+        ({"read_write": False}, "access   read-only\n"),
+        ({"direct_io": True}, "access   read-write, write=through, direct_io\n"),
         ({"started": NOW - 30}, ", 30 s ago"),
         ({"started": NOW - 600}, ", 10 min ago"),
         ({"started": NOW - 90000}, ", 1 d 1 h ago"),

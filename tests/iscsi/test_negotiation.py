@@ -55,7 +55,7 @@ def test_offers() -> None:
         ("MaxRecvDataSegmentLength", "262144"),
         ("MaxBurstLength", "16776192"),
         ("FirstBurstLength", "262144"),
-        ("DefaultTime2Wait", "2"),
+        ("DefaultTime2Wait", "0"),
         ("DefaultTime2Retain", "0"),
         ("MaxOutstandingR2T", "8"),
         ("DataPDUInOrder", "Yes"),
@@ -72,7 +72,7 @@ def test_offers_of_a_discovery_session() -> None:
         ("HeaderDigest", "CRC32C"),
         ("DataDigest", "CRC32C"),
         ("MaxRecvDataSegmentLength", "262144"),
-        ("DefaultTime2Wait", "2"),
+        ("DefaultTime2Wait", "0"),
         ("DefaultTime2Retain", "0"),
         ("ErrorRecoveryLevel", "0"),
     ]
@@ -210,7 +210,7 @@ def test_connections_and_recovery_level_stay() -> None:
         ({}, "MaxBurstLength", "16776193"),
         ({}, "FirstBurstLength", "262145"),
         ({}, "MaxOutstandingR2T", "9"),
-        ({}, "DefaultTime2Wait", "1"),
+        ({"default_time2wait": 2}, "DefaultTime2Wait", "1"),
         ({}, "DefaultTime2Retain", "1"),
     ],
 )
