@@ -8,6 +8,7 @@ things are watched for leaks (`support.leakguard`), and every test for what it l
 import contextlib
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -43,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Who starts the tests in the background, as a CI may, leaves SIGINT ignored; so it would be in all children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["PATH"] = sbin_path()
     os.environ[leakguard.RUN] = uuid.uuid4().hex
     config.pluginmanager.register(LogGuard(), "iscsifuse-log-guard")
