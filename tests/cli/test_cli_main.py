@@ -312,7 +312,7 @@ def test_help_is_quick() -> None:
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
     # Processor time, and the best of many: others may be busy on this machine, too.
-    assert min(once() for _ in range(8)) < 0.15
+    assert min(once() for _ in range(8)) < 0.3
 
 
 def test_broken_pipe_is_quiet() -> None:

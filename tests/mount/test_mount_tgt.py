@@ -38,7 +38,7 @@ def test_a_large_portal_is_mounted_at_once(tgt_server: TgtServer, folder: Path, 
             tgt_server.add_lun(f"{NAME}{target}", lun, sparse(folder / f"{target}-{lun}", MIB * (target + lun)))
     started = time.monotonic()
     with Mounted(tgt_server.url(), point) as mounted:
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 9  # 3 s is the goal on an idle machine: `scripts/bench` measures it
         assert len(list(point.rglob("lun-*"))) == 64
         assert mounted.lun(8, target=f"{NAME}7").stat().st_size == 15 * MIB
         assert not mounted.lun(0, target=f"{NAME}7").exists()
