@@ -74,7 +74,11 @@ def run(arguments: Sequence[str]) -> int:
         if command is not None and command not in COMMANDS:
             raise UsageError(_unknown(command))
         hide_passwords_of(arguments)
-        namespace = _parser().parse_args(arguments)
+        try:
+            namespace = _parser().parse_args(arguments)
+        except SystemExit:  # --help and --version: what they printed has to arrive, too
+            sys.stdout.flush()
+            raise
         verbosity = namespace.verbosity = namespace.verbosity + namespace.verbosity_before
         set_up_logging(verbosity)
         code: int = COMMANDS[namespace.command].run(namespace)
