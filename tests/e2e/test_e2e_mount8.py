@@ -59,8 +59,10 @@ class Namespace:
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
         """A command in the namespace; never raises for its exit code."""
         assert self._holder is not None
+        process = f"/proc/{self._holder.pid}"
         return subprocess.run(
-            ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--", *map(str, command)],
+            # Its root, too: these tests may themselves be run in a chroot.
+            ["nsenter", f"--mount={process}/ns/mnt", f"--root={process}/root", "--", *map(str, command)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -8,11 +8,11 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from support.ports import HOST, free_port, is_listening, wait_until
 from support.process import ServerProcess
+from support.server import TargetServer
 
 __all__ = ["IstgtError", "IstgtServer"]
 
@@ -48,41 +48,19 @@ class _Target:
     account: str | None = None
 
 
-class IstgtServer:
+class IstgtServer(TargetServer):
     """An istgt on 127.0.0.1. Use it as a context manager once its targets are declared."""
+
+    PROGRAM = "istgt"
+    ERROR = IstgtError
 
     def __init__(self, folder: Path, *, params: Mapping[str, str] | None = None) -> None:
         """Prepare a server that keeps its files in ``folder``; ``params`` replace or add to its Global section."""
+        super().__init__()
         self.folder = folder
         self.log = folder / "istgt.log"
-        self.port = free_port()
         self._params = {**_GLOBAL, **(params or {})}
         self._targets: list[_Target] = []
-        self._process: ServerProcess | None = None
-        self._was_started = False  # from then on others rely on the port
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    @property
-    def portal(self) -> str:
-        """``127.0.0.1:port``."""
-        return f"{HOST}:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        return self._running().pid
-
-    def url(self, target: str | None = None, lun: int | None = None, *, query: str = "") -> str:
-        """The URL of the portal, of a target, or of a LUN."""
-        path = "/".join(str(part) for part in (target, lun) if part is not None)
-        return f"iscsi://{self.portal}/{path}" + (f"?{query}" if query else "")
 
     def add_target(
         self,
@@ -208,27 +186,3 @@ class IstgtServer:
         process.signal(signal.SIGTERM)
         process.wait(timeout=0.3)
         process.kill()
-
-    def kill(self) -> None:
-        """SIGKILL: connections are reset by the kernel, nothing is said good-bye to."""
-        self._running().kill()
-        self._process = None
-
-    def restart(self) -> None:
-        """Kill it if it runs, and start it again: same port, same targets, no session."""
-        if self._process is not None:
-            self.kill()
-        self.start()
-
-    def pause(self) -> None:
-        """SIGSTOP: connections stay open, and nothing is answered any more."""
-        self._running().pause()
-
-    def cont(self) -> None:
-        """SIGCONT: go on where `pause` left it."""
-        self._running().cont()
-
-    def _running(self) -> ServerProcess:
-        if self._process is None:
-            raise IstgtError("istgt isn't running")
-        return self._process

@@ -13,11 +13,10 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from support.ports import HOST, free_port, is_listening, wait_until
+from support.ports import free_port, is_listening, wait_until
 from support.process import ServerProcess, sbin_path
+from support.server import TargetServer
 
 __all__ = ["TgtConnection", "TgtError", "TgtServer"]
 
@@ -39,48 +38,24 @@ class TgtConnection:
     address: str
 
 
-class TgtServer:
+class TgtServer(TargetServer):
     """A tgtd on 127.0.0.1. Use it as a context manager, or call `start` and `stop`.
 
     The configuration survives `restart`: what `add_target` and the like did is done again, in the same order.
     """
 
+    PROGRAM = "tgtd"
+    ERROR = TgtError
+
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         """Prepare a server that keeps its files in ``folder``; ``threads``: I/O threads per LUN."""
+        super().__init__()
         self.folder = folder
         self.log = folder / "tgtd.log"
-        self.port = free_port()
         self._threads = threads
-        self._process: ServerProcess | None = None
-        self._was_started = False  # from then on others rely on the port
         self._tids: dict[str, int] = {}
         self._accounts: set[str] = set()
         self._journal: list[tuple[str, ...]] = []
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    # --- the process ---
-
-    @property
-    def portal(self) -> str:
-        """``127.0.0.1:port``."""
-        return f"{HOST}:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        return self._running().pid
-
-    def url(self, target: str | None = None, lun: int | None = None, *, query: str = "") -> str:
-        """The URL of the portal, of a target, or of a LUN."""
-        path = "/".join(str(part) for part in (target, lun) if part is not None)
-        return f"iscsi://{self.portal}/{path}" + (f"?{query}" if query else "")
 
     def start(self) -> None:
         """Start tgtd, and return once it listens and is configured as before."""
@@ -140,30 +115,6 @@ class TgtServer:
             process.wait(timeout=2)
         finally:
             process.kill()
-
-    def kill(self) -> None:
-        """SIGKILL: connections are reset by the kernel, nothing is said good-bye to."""
-        self._running().kill()
-        self._process = None
-
-    def restart(self) -> None:
-        """Kill it if it runs, and start it again: same port, same targets, no session."""
-        if self._process is not None:
-            self.kill()
-        self.start()
-
-    def pause(self) -> None:
-        """SIGSTOP: connections stay open, and nothing is answered any more."""
-        self._running().pause()
-
-    def cont(self) -> None:
-        """SIGCONT: go on where `pause` left it."""
-        self._running().cont()
-
-    def _running(self) -> ServerProcess:
-        if self._process is None:
-            raise TgtError("tgtd isn't running")
-        return self._process
 
     # --- its targets ---
 
