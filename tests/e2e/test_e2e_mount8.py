@@ -60,9 +60,10 @@ class Namespace:
         """A command in the namespace; never raises for its exit code."""
         assert self._holder is not None
         process = f"/proc/{self._holder.pid}"
+        words = map(str, command)
         return subprocess.run(
             # Its root, too: these tests may themselves be run in a chroot.
-            ["nsenter", f"--mount={process}/ns/mnt", f"--root={process}/root", "--", *map(str, command)],
+            ["nsenter", f"--mount={process}/ns/mnt", f"--root={process}/root", f"--wd={process}/root", "--", *words],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
