@@ -1,0 +1,194 @@
+"""Reading and writing from the beginning to the end, as dd and cat do."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench import shell
+from bench.contender import Contender, FileContender, Opened
+from bench.contents import fill, require_pattern, require_same
+from bench.host import cpu_seconds, peak_memory
+from bench.peers import Libiscsi
+from bench.shell import ContenderError, WrongBytesError
+from bench.stage import Disk, Stage
+from bench.work import CPU, MB, MEMORY, RATE, Work, compare_with_backing
+from support.disks import MIB
+
+__all__ = ["Readers", "SequentialRead", "SequentialWrite", "WarmRead", "count_bytes"]
+
+GIB = 1 << 30
+
+
+class SequentialRead(Work):
+    """The beginning of a disk is read once, from a fresh mount.
+
+    So nothing is cached, neither in the kernel nor in the daemon. CPU time is that of the daemon alone: what the
+    reading program costs is the same for all.
+    """
+
+    def __init__(
+        self, stage: Stage, name: str, title: str, command: Sequence[str], *, length: int, direct: bool = False
+    ) -> None:
+        """Prepare; ``command`` has ``FILE`` for the file, and reads ``length`` bytes of it."""
+        super().__init__(stage)
+        self.name = name
+        self.title = title
+        self.metrics = (RATE, CPU, MEMORY)
+        self._command = command
+        self._length = length
+        self._direct = direct
+
+    def takes(self, contender: Contender) -> bool:
+        is_bare = isinstance(contender, Libiscsi) and self.name == "read-1m"
+        return super().takes(contender) or is_bare
+
+    def prepare(self) -> None:
+        assert self.stage.data.size >= self._length
+
+    def measure(self, contender: Contender) -> Mapping[str, float]:
+        if isinstance(contender, Libiscsi):
+            return self._measure_bare(contender)
+        assert isinstance(contender, FileContender)
+        disk = self.stage.data
+        with contender.open([disk]) as opened:
+            opened.forget()
+            cpu = cpu_seconds(opened.pids)
+            words = [word.replace("FILE", str(opened.path)) for word in self._command]
+            ran = shell.run(opened.command(*words), output=Path("/dev/null"), timeout=self.patience)
+            cpu = cpu_seconds(opened.pids) - cpu
+            memory = peak_memory(opened.pids)
+            if self.wants_check:
+                self._check(opened, disk)
+        return {
+            "rate": self._length / ran.seconds / MB,
+            "cpu": cpu / self._length * GIB,
+            "memory": memory / MIB,
+        }
+
+    def _check(self, opened: Opened, disk: Disk) -> None:
+        if not self._direct:
+            compare_with_backing(self, opened, opened.path, disk.backing, self._length)
+            return
+        copy = self.stage.new_path("copy")
+        try:
+            words = ["dd", f"if={opened.path}", f"of={copy}", "bs=1M", "iflag=direct", *count_bytes(self._length)]
+            shell.run(opened.command(*words), timeout=self.patience)
+            require_same(copy, disk.backing, self._length, "O_DIRECT reads")
+            self.was_checked = True
+        finally:
+            copy.unlink(missing_ok=True)
+
+    def _measure_bare(self, contender: Libiscsi) -> Mapping[str, float]:
+        seconds, ran = contender.bench(self.stage.data, depth=8, size=MIB, count=self._length // MIB)
+        if self.wants_check:
+            contender.check(self.stage.data)
+            self.was_checked = True
+        return {"rate": self._length / seconds / MB, "cpu": ran.cpu / self._length * GIB}
+
+
+class SequentialWrite(Work):
+    """The beginning of a disk is written once, up to the return of fsync, and its backing file is looked at.
+
+    The file held zeros before, and its memory was allocated.
+    """
+
+    def __init__(
+        self, stage: Stage, name: str, title: str, *, block: str, length: int, flags: Sequence[str] = ()
+    ) -> None:
+        super().__init__(stage)
+        self.name = name
+        self.title = title
+        self.metrics = (RATE, CPU)
+        self._block = block
+        self._length = length
+        self._flags = flags
+
+    def takes(self, contender: Contender) -> bool:
+        is_bare = isinstance(contender, Libiscsi) and self.name == "write-1m"
+        return super().takes(contender) or is_bare
+
+    def prepare(self) -> None:
+        assert min(self.stage.data.size, self.stage.scratch.size) >= self._length
+
+    def measure(self, contender: Contender) -> Mapping[str, float]:
+        disk = self.stage.scratch
+        fill(disk.backing)
+        if isinstance(contender, Libiscsi):
+            seconds, ran = contender.bench(disk, depth=8, size=MIB, count=self._length // MIB, pattern=0x5A)
+            require_pattern(disk.backing, self._length, 0x5A, "writes")
+            self.was_checked = True
+            return {"rate": self._length / seconds / MB, "cpu": ran.cpu / self._length * GIB}
+        assert isinstance(contender, FileContender)
+        with contender.open([disk]) as opened:
+            opened.forget()
+            cpu = cpu_seconds(opened.pids)
+            words = ["dd", f"if={self.stage.data.backing}", f"of={opened.path}", f"bs={self._block}"]
+            words += ["conv=fsync,notrunc", *self._flags, *count_bytes(self._length)]
+            ran = shell.run(opened.command(*words), timeout=self.patience)
+            cpu = cpu_seconds(opened.pids) - cpu
+            # What fsync has promised is there now, not only after the unmount.
+            require_same(disk.backing, self.stage.data.backing, self._length, "writes")
+            self.was_checked = True
+        return {"rate": self._length / ran.seconds / MB, "cpu": cpu / self._length * GIB}
+
+
+class WarmRead(Work):
+    """A file is read three times that was read before, so that the kernel has all of it."""
+
+    name = "warm-read"
+    title = "read again, in the page cache: dd bs=1M"
+
+    def measure(self, contender: Contender) -> Mapping[str, float]:
+        assert isinstance(contender, FileContender)
+        disk = self.stage.data
+        length = self.stage.sizes.half
+        with contender.open([disk]) as opened:
+            command = opened.command("dd", f"if={opened.path}", "of=/dev/null", "bs=1M", *count_bytes(length))
+            shell.run(command, timeout=self.patience)
+            seconds = sum(shell.run(command, timeout=self.patience).seconds for _ in range(3))
+            if self.wants_check:
+                compare_with_backing(self, opened, opened.path, disk.backing, length)
+        return {"rate": 3 * length / seconds / MB}
+
+
+class Readers(Work):
+    """Four programs read at once, each a quarter: of a disk of its own, or all of the same one."""
+
+    def __init__(self, stage: Stage, *, luns: int) -> None:
+        super().__init__(stage)
+        self.name = f"readers-{luns}-lun" + ("s" if luns > 1 else "")
+        self.title = f"four readers at once on {luns} LUN{'s' if luns > 1 else ''}: dd bs=1M"
+        self._luns = luns
+
+    def prepare(self) -> None:
+        assert len(self.stage.four) == 4
+
+    def measure(self, contender: Contender) -> Mapping[str, float]:
+        assert isinstance(contender, FileContender)
+        disks = self.stage.four[: self._luns]
+        quarter = self.stage.sizes.full // 4
+        with contender.open(disks) as opened:
+            opened.forget()
+            paths = [opened.paths[number % self._luns] for number in range(4)]
+            starts = [number * quarter for number in range(4)]
+            commands = [
+                opened.command("dd", f"if={path}", "of=/dev/null", "bs=1M", *count_bytes(quarter, skip=start))
+                for path, start in zip(paths, starts, strict=True)
+            ]
+            seconds = shell.run_together(commands, timeout=self.patience)
+            if self.wants_check:
+                checks = [
+                    opened.command("cmp", "-n", str(quarter), "-i", str(start), path, disks[0].backing)
+                    for path, start in zip(paths, starts, strict=True)
+                ]
+                try:
+                    shell.run_together(checks, timeout=self.patience)
+                except ContenderError as error:
+                    raise WrongBytesError(str(error)) from error
+                self.was_checked = True
+        return {"rate": 4 * quarter / seconds / MB}
+
+
+def count_bytes(length: int, *, skip: int = 0) -> list[str]:
+    """How dd is told to move so many bytes, whatever its block size."""
+    words = [f"count={length}", "iflag=count_bytes"]
+    return [*words, f"skip={skip}", "iflag=skip_bytes"] if skip else words
