@@ -77,6 +77,7 @@ class Commander:
         buffer_out: memoryview | None = None,
         exact: bool = False,
         place: str = "",
+        first: Awaitable[Task] | None = None,
     ) -> Task:
         """Carry out a command until it succeeds or can't.
 
@@ -86,6 +87,7 @@ class Commander:
             buffer_out: what is written.
             exact: whether every byte must be moved.
             place: for messages: " at LBA 7".
+            first: the first attempt, where it was made already: ends as `Executor.execute` does.
 
         Returns:
             The task of the last attempt; it succeeded.
@@ -97,9 +99,13 @@ class Commander:
         """
         troubles: _Troubles | None = None
         while True:
+            attempt, first = first, None
             try:
-                task = await self._executor.execute(
-                    cdb, lun=self._address, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact
+                task = await (
+                    attempt
+                    or self._executor.execute(
+                        cdb, lun=self._address, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact
+                    )
                 )
                 if task.status == 0:
                     return task

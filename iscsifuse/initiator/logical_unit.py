@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 MAX_TRANSFER = 1 << 20
 """Bytes in one command at most. More would only hold up its neighbours: throughput comes from commands in flight."""
 _INVALID_OPCODE = 0x20
+_GOOD = 0x00
 
 
 class LogicalUnit:
@@ -78,6 +79,7 @@ class LogicalUnit:
         self.block_count = description.capacity.blocks
         self.on_change: Callable[[], None] | None = None
         self._nexus = nexus
+        self._address = description.address
         self._is_another = False
         self._unproven = ""  # why it can't be told whether it is
         self._deferred: WriteBackError | None = None
@@ -110,15 +112,29 @@ class LogicalUnit:
         length = self.block_length
         blocks = len(buffer) // length
         if blocks <= self._max_blocks:
+            # The usual case in few steps: one plain call, one sleep. `Commander` is for all others.
             cdb = cdbs.read(lba=lba, blocks=blocks)
-            await self._commander.run(cdb, buffer_in=buffer, exact=True, place=f" at LBA {lba}")
+            started = self._nexus.start(cdb, lun=self._address, buffer_in=buffer, exact=True)
+            if started is not None:
+                session, task = started
+                await session.until_done(task)
+                if task.status == _GOOD and task.error is None:
+                    return
+            await self._commander.run(
+                cdb,
+                buffer_in=buffer,
+                exact=True,
+                place=f" at LBA {lba}",
+                first=started
+                and self._nexus.execute(cdb, lun=self._address, buffer_in=buffer, exact=True, first=started),
+            )
             return
         step = self._max_blocks
         with plain_errors():
             async with trio.open_nursery() as nursery:
                 for first in range(0, blocks, step):
                     piece = buffer[first * length : (first + step) * length]
-                    nursery.start_soon(self._read_piece, piece, lba + first)
+                    nursery.start_soon(partial(self.read_into, piece, lba=lba + first))
 
     async def write(self, buffer: memoryview, *, lba: int, fua: bool = False) -> None:
         """Write whole blocks; the target has accepted them when this returns.
@@ -133,19 +149,31 @@ class LogicalUnit:
 
         Cancellation: takes effect when no command uses the buffer any more.
         """
-        fua = fua and self.description.dpofua
         length = self.block_length
         blocks = len(buffer) // length
         if blocks <= self._max_blocks:
-            cdb = cdbs.write(lba=lba, blocks=blocks, fua=fua)
-            await self._commander.run(cdb, buffer_out=buffer, exact=True, place=f" at LBA {lba}")
+            cdb = cdbs.write(lba=lba, blocks=blocks, fua=fua and self.description.dpofua)
+            started = self._nexus.start(cdb, lun=self._address, buffer_out=buffer, exact=True)
+            if started is not None:
+                session, task = started
+                await session.until_done(task)
+                if task.status == _GOOD and task.error is None:
+                    return
+            await self._commander.run(
+                cdb,
+                buffer_out=buffer,
+                exact=True,
+                place=f" at LBA {lba}",
+                first=started
+                and self._nexus.execute(cdb, lun=self._address, buffer_out=buffer, exact=True, first=started),
+            )
             return
         step = self._max_blocks
         with plain_errors():
             async with trio.open_nursery() as nursery:
                 for first in range(0, blocks, step):
                     piece = buffer[first * length : (first + step) * length]
-                    nursery.start_soon(self._write_piece, piece, lba + first, fua)
+                    nursery.start_soon(partial(self.write, piece, lba=lba + first, fua=fua))
 
     async def flush(self) -> None:
         """Bring everything that was written to stable storage (SYNCHRONIZE CACHE, where there is a volatile cache).
@@ -181,14 +209,6 @@ class LogicalUnit:
         limits = self.description.block_limits
         reported = limits.max_transfer if limits is not None else 0
         return min(own, reported) if reported else own
-
-    async def _read_piece(self, piece: memoryview, lba: int) -> None:
-        cdb = cdbs.read(lba=lba, blocks=len(piece) // self.block_length)
-        await self._commander.run(cdb, buffer_in=piece, exact=True, place=f" at LBA {lba}")
-
-    async def _write_piece(self, piece: memoryview, lba: int, fua: bool) -> None:
-        cdb = cdbs.write(lba=lba, blocks=len(piece) // self.block_length, fua=fua)
-        await self._commander.run(cdb, buffer_out=piece, exact=True, place=f" at LBA {lba}")
 
     # -- changes ---------------------------------------------------------------------------------------------------
 

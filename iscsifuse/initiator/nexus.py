@@ -63,6 +63,8 @@ ASK_AGAIN_AFTER = 5.0
 """Seconds until a guard that couldn't prove its disk is asked again."""
 
 Guard = Callable[[Session], Awaitable[bool]]
+Started = tuple[Session, Task]
+"""A command that is on its way, and the session that carries it."""
 
 
 class NexusState(Enum):
@@ -158,6 +160,7 @@ class Nexus:
         buffer_in: memoryview | None = None,
         buffer_out: memoryview | None = None,
         exact: bool = False,
+        first: Started | None = None,
     ) -> Task:
         """Carry out one SCSI command, on whatever session there is.
 
@@ -167,6 +170,7 @@ class Nexus:
             buffer_in: where data goes; its content is undefined unless this returns.
             buffer_out: what is written; must not change until this returns or raises.
             exact: whether a success with fewer bytes than ``buffer_in`` holds is an error.
+            first: the first attempt, if `start` has begun and the caller has awaited it.
 
         Returns:
             The task, with a status that the caller judges.
@@ -183,11 +187,14 @@ class Nexus:
         replays = 0
         while True:
             session = self._session if self.state is NexusState.LOGGED_IN else await self._wait_for_session()
-            if lun in self._barred:
+            if lun in self._barred and first is None:
                 # Invariant: nothing is awaited between this look and the submission.
                 error = self._barred[lun]
                 raise type(error)(*error.args)
             try:
+                if first is not None:
+                    (session, task), first = first, None
+                    return session.settle(task)
                 return await session.execute(cdb, lun=lun, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact)
             except SessionLostError:
                 # Who was cancelled meanwhile, but couldn't be told while the target had the command, is told so.
@@ -198,6 +205,28 @@ class Nexus:
                 if self.state is NexusState.LOGGED_IN and self._session is session:
                     # Invariant: run() marks the loss as soon as it is scheduled; until then there is nothing to use.
                     await self._changed.wait()
+
+    def start(
+        self,
+        cdb: bytes,
+        *,
+        lun: bytes,
+        buffer_in: memoryview | None = None,
+        buffer_out: memoryview | None = None,
+        exact: bool = False,
+    ) -> Started | None:
+        """Put a command on its way in a plain call, where nothing stands in its way: the usual case, made short.
+
+        Returns:
+            The session and the task. Once it is done (`Session.until_done`), either it has succeeded, or it is to be
+            given to `execute` as its first attempt. None where only `execute` can help.
+        """
+        if self.state is not NexusState.LOGGED_IN or lun in self._barred:
+            return None
+        session = self._session
+        if not session.takes_commands:
+            return None
+        return session, session.start(cdb, lun=lun, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact)
 
     async def close(self) -> None:
         """Log out if there is a session; end all waiting. Bounded in time."""

@@ -16,6 +16,7 @@ Source: RFC 7143 §4.2, §7, §11.5, §11.9, §11.18.
 
 import contextlib
 import logging
+import time
 from functools import partial
 from typing import cast
 
@@ -29,6 +30,7 @@ from iscsifuse.errors import (
     SessionLostError,
 )
 from iscsifuse.initiator.login import LoggedIn
+from iscsifuse.initiator.loop import Glance, Loop
 from iscsifuse.initiator.settings import SessionSettings
 from iscsifuse.initiator.statistics import CommandRow, CommandStatistics
 from iscsifuse.iscsi.connection import Connection, Event
@@ -60,6 +62,11 @@ LOGOUT_LIMIT = 5.0
 """Seconds that it has to answer a logout."""
 _TICK = 1.0
 _RECEIVES_PER_TURN = 16
+_QUICK = 64 * 1024
+"""Bytes of a command whose answer may be there before we could fall asleep."""
+_LONGEST_GLANCE = 120_000
+"""Nanoseconds to look for it."""
+_GLANCES_IN_A_ROW = 32
 
 _GOOD = 0
 _SERVICE_ACTIONS = frozenset({0x9E, 0x9F, 0xA3, 0xA4, 0x7F})
@@ -94,8 +101,13 @@ class Session:
         self.error: IscsifuseError | None = None
         self.time2wait: float = result.parameters.default_time2wait
         self._settings = settings
+        self._read_only = settings.read_only
         self._statistics = statistics
         self._rows: dict[int, CommandRow] = {}
+        self._loop = Loop.current()
+        self._glance = Glance(_LONGEST_GLANCE)
+        self._now = trio.lowlevel.current_clock().current_time  # trio.current_time() in one step
+        self._glances = 0
         self._early = login.received
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
@@ -108,6 +120,11 @@ class Session:
         self.transport.on_broken = self.fail
 
     # -- for callers -----------------------------------------------------------------------------------------------
+
+    @property
+    def takes_commands(self) -> bool:
+        """Whether it lives, and isn't logging out."""
+        return self.error is None and not self._logging_out
 
     async def execute(
         self,
@@ -139,21 +156,80 @@ class Session:
 
         Cancellation: is not delivered before the command has ended, since its memory is in use until then.
         """
-        if self._settings.read_only and not is_harmless(cdb):
+        task = self.start(cdb, lun=lun, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact)
+        await self.until_done(task)
+        return self.settle(task)
+
+    def start(
+        self,
+        cdb: bytes,
+        *,
+        lun: bytes,
+        buffer_in: memoryview | None = None,
+        buffer_out: memoryview | None = None,
+        exact: bool = False,
+    ) -> Task:
+        """The first part of `execute`: put a command on its way, in a plain call.
+
+        Await `until_done` next, then call `settle`.
+
+        Raises:
+            ReadOnlyError, SessionLostError: as `execute`; nothing was sent.
+        """
+        if self._read_only and not is_harmless(cdb):
             raise ReadOnlyError(f"{cdbs.name(cdb)} was held back: the disk is attached read-only")
-        if self.error is not None or self._logging_out:
+        if not self.takes_commands:
             raise SessionLostError(self._why())
         task = Task(cdb, lun=lun, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact)
-        task.started = trio.current_time()
-        self.connection.submit(task)
-        self._send()
-        if not task.done:
-            # Invariant: between submit and here nothing was awaited, so the reader can't have finished it unseen.
-            task.waiter = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(_not_now)
-        self._count(task)
+        task.started = self._now()
+        self._loop.under_way += 1
+        connection = self.connection
+        connection.submit(task)
+        output = connection.output
+        if output:
+            connection.output = []
+            self.transport.send_soon(output)
+        return task
+
+    async def until_done(self, task: Task) -> None:
+        """Wait until a task that was started has ended.
+
+        Cancellation: is not delivered before; see `execute`.
+        """
+        if task.done:
+            return
+        alone = self._loop.under_way == 1 and task.expected <= _QUICK
+        if alone:
+            limit = self._glance.limit
+            self._glances += 1
+            # Every now and then the others have their turn, however quickly answers come.
+            if limit and self._glances % _GLANCES_IN_A_ROW and self._look_for(task, limit):
+                return
+            began = time.monotonic_ns()
+        # Invariant: nothing is awaited between the look at ``done`` and the sleep: the reader can't finish it unseen.
+        task.waiter = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(_not_now)
+        if alone:
+            self._glance.learn(time.monotonic_ns() - began)
+
+    def _look_for(self, task: Task, limit: int) -> bool:
+        """Receive in the reader's place for a moment; whether the task is done now. See `Loop.glance`.
+
+        The reader sleeps meanwhile. It is woken only by what is still there when we have looked.
+        """
+        transport = self.transport
+        transport.send_now()
+        try:
+            while not task.done and transport.glance(limit):
+                self._receive()
+        except IscsifuseError as error:
+            self.fail(error)
+        return task.done
+
+    def settle(self, task: Task) -> Task:
+        """The last part of `execute`: the task, if it has a status; else its error is raised."""
         error = task.error
-        if buffer_out is not None and (error is not None or task.status != _GOOD) and self.transport.pending:
+        if task.buffer_out is not None and (error is not None or task.status != _GOOD) and self.transport.pending:
             # It ended before all of its data was sent. What the target throws away may still wait for the socket.
             self.transport.own_pending()
         if error is not None:
@@ -199,11 +275,12 @@ class Session:
         self.error = error
         self.transport.close()
         lost = error if isinstance(error, SessionLostError) else SessionLostError(str(error))
+        now = trio.current_time()
         for task in self.connection.take_events():
             if isinstance(task, Task):
-                _wake(task)
+                self._end(task, now)
         for task in self.connection.fail_all(lost):
-            _wake(task)
+            self._end(task, now)
         self._idle.set()
         self._logged_out.set()
         self._scope.cancel()
@@ -233,29 +310,38 @@ class Session:
             self.fail(error if isinstance(error, IscsifuseError) else SessionLostError("the connection was closed"))
 
     async def _read_on(self) -> None:
-        connection = self.connection
-        transport = self.transport
         turn = 0
-        while True:
-            count = transport.receive_now(connection.buffers())
-            if count is None:
+        while self.error is None:
+            if self._receive():
+                turn += 1
+            elif self.error is None:  # an answer of ours may have met a broken connection
                 turn = 0
-                await transport.wait_readable()
-                continue
-            if count == 0:
-                raise SessionLostError(f"{transport.portal} closed the connection")
-            events = connection.received(count)
-            if events:
-                self._handle(events)
-            if connection.output:
-                self._send()
-            turn += 1
+                await self.transport.wait_readable()
             if turn == _RECEIVES_PER_TURN:
                 # Those who were woken shall run, even if the target never pauses.
                 turn = 0
                 await trio.lowlevel.checkpoint()
-            if self.error is not None:
-                return
+
+    def _receive(self) -> bool:
+        """Take in what is there, if anything is; whether it is worth trying again at once.
+
+        Raises:
+            IscsifuseError: the session is over.
+        """
+        connection = self.connection
+        buffers = connection.buffers()
+        count = self.transport.receive_now(buffers)
+        if count is None:
+            return False
+        if count == 0:
+            raise SessionLostError(f"{self.transport.portal} closed the connection")
+        events = connection.received(count)
+        if events:
+            self._handle(events)
+        if connection.output:
+            self._send()
+        # Less came than was asked for, and all of it whole PDUs: the socket is empty.
+        return len(buffers) > 1 or count == len(buffers[0]) or connection.amid
 
     async def _write(self) -> None:
         with contextlib.suppress(trio.ClosedResourceError):
@@ -295,7 +381,7 @@ class Session:
             if now - task.started < limit:
                 break
             self.connection.abandon(task, CommandTimeoutError(f"the target took no command for {limit:g} seconds"))
-            _wake(task)
+            self._end(task, now)
         aborting = {id(task) for task, _ in self._aborts.values()}
         for task in list(self.connection.tasks.values()):
             if now - task.started < limit:
@@ -325,7 +411,7 @@ class Session:
         self.connection.abandon(
             task, CommandTimeoutError(f"the target did not finish {cdbs.name(task.cdb)} within {limit:g} seconds")
         )
-        _wake(task)
+        self._end(task, trio.current_time())
 
     def _note_idle(self) -> None:
         if self._logging_out and self.connection.idle:
@@ -336,9 +422,10 @@ class Session:
     def _handle(self, events: list[Event]) -> None:
         """Act on events. Tasks come first: no exception of the others may leave one of them asleep."""
         others: list[Event] = []
+        now = self._now()
         for event in events:
             if isinstance(event, Task):
-                _wake(event)
+                self._end(event, now)
             else:
                 others.append(event)
         for event in others:
@@ -400,27 +487,26 @@ class Session:
     def _why(self) -> str:
         return str(self.error) if self.error is not None else "the session is being logged out"
 
-    def _count(self, task: Task) -> None:
+    def _end(self, task: Task, now: float) -> None:
+        """A task is done: count it, and let its submitter go on."""
         cdb = task.cdb
-        key = cdb[0] | (cdb[1] & 0x1F) << 8 if cdb[0] in _SERVICE_ACTIONS else cdb[0]
+        opcode = cdb[0]
+        key = opcode | (cdb[1] & 0x1F) << 8 if opcode in _SERVICE_ACTIONS else opcode
         row = self._rows.get(key)
         if row is None:
-            row = self._rows[key] = self._statistics.row(cdbs.name(cdb), opcode=cdb[0])
+            row = self._rows[key] = self._statistics.row(cdbs.name(cdb), opcode=opcode)
         if task.status < 0:
             row.lost += 1
-            return
-        row.add(
-            seconds=trio.current_time() - task.started,
-            transferred=task.received or task.solicited,
-            error=task.status != _GOOD or task.error is not None,
-        )
-
-
-def _wake(task: Task) -> None:
-    """Let the submitter of a task go on."""
-    waiter, task.waiter = task.waiter, None
-    if waiter is not None:
-        trio.lowlevel.reschedule(cast("trio.lowlevel.Task", waiter))
+        else:
+            row.add(
+                now - task.started,
+                task.received or task.solicited,
+                error=task.status != _GOOD or task.error is not None,
+            )
+        self._loop.under_way -= 1
+        waiter, task.waiter = task.waiter, None
+        if waiter is not None:
+            trio.lowlevel.reschedule(cast("trio.lowlevel.Task", waiter))
 
 
 def _not_now(_: object) -> trio.lowlevel.Abort:

@@ -40,7 +40,7 @@ class CommandRow:
         """Mean seconds of a call; 0 where there was none."""
         return self.total / self.calls if self.calls else 0.0
 
-    def add(self, *, seconds: float, transferred: int, error: bool) -> None:
+    def add(self, seconds: float, transferred: int, *, error: bool) -> None:
         """Count one call whose status came."""
         self.calls += 1
         self.total += seconds

@@ -21,6 +21,7 @@ from itertools import islice
 import trio
 
 from iscsifuse.errors import ConnectError, SessionLostError
+from iscsifuse.initiator.loop import Loop
 from iscsifuse.initiator.settings import Portal
 from iscsifuse.iscsi.dataout import Buffer
 
@@ -60,6 +61,10 @@ class Transport:
         self._sock = sock
         self._pending: deque[Buffer] = deque()
         self._blocked = False  # the writer task has, or will get, the turn
+        self._put_off = False  # the loop calls us before it sleeps
+        self._loop = Loop.current()
+        self._fd = sock.fileno()
+        self._loop.watch(self._fd)
         self._wake_writer = trio.Event()
         self._closed = False
 
@@ -105,25 +110,54 @@ class Transport:
         if not self._blocked:
             self._write()
 
+    def send_soon(self, buffers: list[Buffer]) -> None:
+        """Like `send`, but not before every task that can run has run: together with what they send."""
+        if self._closed:
+            return
+        self._pending.extend(buffers)
+        if not (self._blocked or self._put_off):
+            self._put_off = True
+            self._loop.put_off(self._write_put_off)
+
+    def _write_put_off(self) -> None:
+        """No task is running now, and none may be woken: see `Loop.put_off`."""
+        self._put_off = False
+        if not self._blocked and not self._closed:
+            self._write(later=True)
+
+    def send_now(self) -> None:
+        """Send what was to be sent soon."""
+        if self._put_off and not self._blocked:
+            self._write()
+
     def own_pending(self) -> None:
         """Copy what isn't sent yet, so that the memory it was handed over in may change from now on."""
         self._pending = deque(bytes(buffer) for buffer in self._pending)
 
-    def _write(self) -> None:
-        """Write until nothing is left or the socket is full."""
+    def _write(self, *, later: bool = False) -> None:
+        """Write until nothing is left or the socket is full.
+
+        Args:
+            later: whoever has to know of an obstacle is told in the next round of the event loop.
+        """
         pending = self._pending
         while pending:
             try:
                 sent = self._sock.sendmsg(islice(pending, _GATHER))
             except _WOULD_BLOCK:
                 self._blocked = True
-                self._wake_writer.set()
+                if later:
+                    self._loop.wake_soon(self._wake_the_writer)
+                else:
+                    self._wake_writer.set()
                 return
             except OSError as error:
                 self._pending.clear()
                 self.broken = SessionLostError(f"the connection to {self.portal} broke: {_reason(error)}")
-                if self.on_broken is not None:
-                    self.on_broken(self.broken)
+                if later:
+                    self._loop.wake_soon(self._report_broken)
+                else:
+                    self._report_broken()
                 return
             self.bytes_sent += sent
             while sent:
@@ -133,6 +167,13 @@ class Transport:
                     break
                 sent -= len(first)
                 pending.popleft()
+
+    def _wake_the_writer(self) -> None:
+        self._wake_writer.set()
+
+    def _report_broken(self) -> None:
+        if self.on_broken is not None and self.broken is not None:
+            self.on_broken(self.broken)
 
     async def run_writer(self) -> None:
         """The writer task: sends what the socket didn't take at once. Runs until it is cancelled."""
@@ -178,6 +219,17 @@ class Transport:
         self.bytes_received += count
         return count
 
+    def glance(self, limit: int) -> bool:
+        """Look for a moment whether something comes; see `Loop.glance`.
+
+        Args:
+            limit: nanoseconds to look at most.
+
+        Returns:
+            Whether `receive_now` has something to say, and nobody else has.
+        """
+        return self._loop.glance(self._fd, limit)
+
     async def wait_readable(self) -> None:
         """Wait until `receive_now` has something to say."""
         await trio.lowlevel.wait_readable(self._sock)
@@ -187,6 +239,7 @@ class Transport:
         if not self._closed:
             self._closed = True
             self._pending.clear()
+            self._loop.unwatch(self._fd)
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 

@@ -72,6 +72,8 @@ _DATA_IN = struct.Struct(">BBBBI8sIIIIIIII")
 _RESPONSE = struct.Struct(">BBBBI8xIIIIIIII")
 _R2T = struct.Struct(">BBHI8sIIIIIIII")
 _SIMPLE = int(TaskAttribute.SIMPLE)
+_SCSI_COMMAND = int(Opcode.SCSI_COMMAND)
+_DATA_IN_OPCODE = int(Opcode.DATA_IN)
 _READ = 0x40
 _WRITE = 0x20
 _STATUS = 0x01
@@ -126,6 +128,7 @@ class Connection:
         self._immediate_limit = (
             min(p.first_burst_length, p.target_max_recv_data_segment_length) if p.immediate_data else 0
         )
+        self._header_digest = p.header_digest
         self._receiver = FrameReceiver(
             self,
             header_digest=p.header_digest,
@@ -145,6 +148,11 @@ class Connection:
     def exp_stat_sn(self) -> int:
         """StatSN that is expected next; everything before it is acknowledged by whatever we send."""
         return self._exp_stat_sn
+
+    @property
+    def amid(self) -> bool:
+        """Whether a PDU has been received in part."""
+        return self._receiver.amid
 
     @property
     def idle(self) -> bool:
@@ -262,14 +270,15 @@ class Connection:
         elif task.buffer_in is not None:
             flags |= _READ
         header = _COMMAND.pack(
-            Opcode.SCSI_COMMAND, flags, 0, immediate, task.lun, itt, task.expected, cmd_sn, self._exp_stat_sn,
-            task.cdb,
-        )  # fmt: skip
-        output = self.output
-        if self.parameters.header_digest:
+            _SCSI_COMMAND, flags, 0, immediate, task.lun, itt, task.expected, cmd_sn, self._exp_stat_sn, task.cdb
+        )
+        if self._header_digest:
             header += crc32c_bytes((header,))
+        output = self.output
         output.append(header)
-        if payload is not None and immediate:
+        if payload is None:
+            return
+        if immediate:
             piece = payload[:immediate]
             output.append(piece)
             tail = padding(immediate)
@@ -277,7 +286,7 @@ class Connection:
                 tail += crc32c_bytes((piece, tail))
             if tail:
                 output.append(tail)
-        if payload is not None and unsolicited > immediate:
+        if unsolicited > immediate:
             self._send_data(task, payload[immediate:unsolicited], ttt=RESERVED_TAG, offset=immediate)
 
     def _send_data(self, task: Task, piece: memoryview, *, ttt: int, offset: int) -> None:
@@ -338,7 +347,7 @@ class Connection:
         opcode = header[0] & 0x3F
         if ahs_length:
             raise FormatError(f"additional headers in a PDU of opcode {opcode:#04x}")  # RFC 7143 §11.2.1.5
-        if opcode == Opcode.DATA_IN:
+        if opcode == _DATA_IN_OPCODE:
             return self._on_data_in(header, data_length)
         if opcode == Opcode.SCSI_RESPONSE:
             return self._on_response(header, data_length)

@@ -84,6 +84,11 @@ class FrameReceiver:
         self._trailer = 0  # bytes of padding and digest that follow it
         self._large = False
 
+    @property
+    def amid(self) -> bool:
+        """Whether a frame has been received in part."""
+        return self._payload is not None or self._start != self._end
+
     def buffers(self) -> list[memoryview]:
         """Where the next received bytes belong, in order; never empty."""
         if self._start == self._end:
@@ -134,49 +139,56 @@ class FrameReceiver:
         """Handle everything that is complete."""
         staging = self._staging
         while True:
-            if self._payload is None:
+            payload = self._payload
+            if payload is None:
                 if not self._next_header():
                     return
                 continue
-            missing = len(self._payload) - self._filled
+            start = self._start
+            missing = len(payload) - self._filled
             if missing:
-                piece = min(missing, self._end - self._start)
-                self._payload[self._filled : self._filled + piece] = staging[self._start : self._start + piece]
-                self._filled += piece
-                self._start += piece
+                piece = self._end - start
                 if piece < missing:
+                    payload[self._filled : self._filled + piece] = staging[start : start + piece]
+                    self._filled += piece
+                    self._start = start + piece
                     return
-            if self._end - self._start < self._trailer:
+                payload[self._filled :] = staging[start : start + missing]
+                self._filled += missing
+                self._start = start = start + missing
+            trailer = self._trailer
+            if self._end - start < trailer:
                 return
             intact = True
             if self._data_digest:
-                pad_end = self._start + self._trailer - DIGEST_LENGTH
-                expected = crc32c_bytes((self._payload, staging[self._start : pad_end]))
+                pad_end = start + trailer - DIGEST_LENGTH
+                expected = crc32c_bytes((payload, staging[start:pad_end]))
                 intact = staging[pad_end : pad_end + DIGEST_LENGTH] == expected
-            self._start += self._trailer
+            self._start = start + trailer
             self._payload = None
             self._handler.on_data(intact=intact)
 
     def _next_header(self) -> bool:
         """Handle one header, if it is complete; say whether it was."""
-        available = self._end - self._start
+        start = self._start
+        available = self._end - start
         if available < BHS_LENGTH:
             return False
-        start = self._start
-        ahs_length, data_length = split_lengths(self._staging[start : start + 8])
+        staging = self._staging
+        ahs_length, data_length = split_lengths(staging, start)
         length = BHS_LENGTH + ahs_length
-        if available < length + self._header_digest:
+        digest_length = self._header_digest
+        if available < length + digest_length:
             return False
-        header = self._staging[start : start + length]
-        if self._header_digest:
-            digest = self._staging[start + length : start + length + DIGEST_LENGTH]
-            if digest != crc32c_bytes((header,)):
-                raise DigestError("the header digest of a PDU doesn't match", header=True)
+        end = start + length
+        header = staging[start:end]
+        if digest_length and staging[end : end + DIGEST_LENGTH] != crc32c_bytes((header,)):
+            raise DigestError("the header digest of a PDU doesn't match", header=True)
         if data_length > self._max_data:  # after the digest: where that is wrong, the length may be, too
             raise FormatError(
                 f"the target sent a data segment of {data_length} bytes, but {self._max_data} is the limit"
             )
-        self._start = start + length + self._header_digest
+        self._start = end + digest_length
         payload = self._handler.on_header(header, ahs_length, data_length)
         if payload is not None:
             self._payload = payload

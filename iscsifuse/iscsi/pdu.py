@@ -77,18 +77,19 @@ def padding(length: int) -> bytes:
     return _PADDING[length & 3]
 
 
-def split_lengths(header: bytes | bytearray | memoryview) -> tuple[int, int]:
+def split_lengths(header: bytes | bytearray | memoryview, start: int = 0) -> tuple[int, int]:
     """The lengths that a basic header declares.
 
     Args:
-        header: at least 8 bytes of it.
+        header: at least 8 bytes of it, from ``start`` on.
+        start: where it begins.
 
     Returns:
         Bytes of additional header segments, and of the data segment without padding.
 
     Source: RFC 7143 §11.2.1.5-6.
     """
-    (both,) = _LENGTHS.unpack_from(header, 4)
+    (both,) = _LENGTHS.unpack_from(header, start + 4)
     return (both >> 24) * 4, both & MAX_DATA_SEGMENT_LENGTH
 
 

@@ -4,10 +4,10 @@ Source: RFC 7143 §4.2.2.1, RFC 1982. Two numbers exactly 2^31 apart can't be or
 as *not* less than the second, in both directions, so that a peer that jumps that far never looks like progress.
 """
 
-__all__ = ["MASK", "add", "distance", "less", "less_or_equal"]
+__all__ = ["HALF", "MASK", "add", "distance", "less", "less_or_equal"]
 
 MASK = 0xFFFFFFFF
-_HALF = 0x80000000
+HALF = 0x80000000
 
 
 def add(number: int, increment: int) -> int:
@@ -18,14 +18,14 @@ def add(number: int, increment: int) -> int:
 def distance(start: int, end: int) -> int:
     """How far ``end`` lies ahead of ``start``: -2^31 .. 2^31 - 1."""
     difference = (end - start) & MASK
-    return difference - 0x100000000 if difference >= _HALF else difference
+    return difference - 0x100000000 if difference >= HALF else difference
 
 
 def less(first: int, second: int) -> bool:
     """Whether ``first`` comes before ``second``."""
-    return 0 < ((second - first) & MASK) < _HALF
+    return 0 < ((second - first) & MASK) < HALF
 
 
 def less_or_equal(first: int, second: int) -> bool:
     """Whether ``first`` is ``second`` or comes before it."""
-    return ((second - first) & MASK) < _HALF
+    return ((second - first) & MASK) < HALF

@@ -191,7 +191,14 @@ class Task:
         self.residual = residual if underflow or overflow else 0
         self.underflow = underflow
         self.overflow = overflow
-        if status == _GOOD and self.error is None:
+        if (
+            status == _GOOD
+            and self.error is None
+            and not (
+                # A read that got every byte, and no word of a residual: `shortfall` would find nothing.
+                self.received == self.expected and self.buffer_out is None and not (underflow or overflow)
+            )
+        ):
             self.error = self.shortfall()
 
     def shortfall(self) -> TransferError | None:

@@ -11,7 +11,7 @@ CmdSN, where any later PDU can open it.
 Source: RFC 7143 §4.2.2.1.
 """
 
-from iscsifuse.iscsi.serial import MASK, less, less_or_equal
+from iscsifuse.iscsi.serial import HALF, MASK
 
 __all__ = ["CommandWindow"]
 
@@ -40,7 +40,7 @@ class CommandWindow:
     @property
     def is_open(self) -> bool:
         """Whether one more non-immediate command may be sent now."""
-        return ((self.max_cmd_sn - self.cmd_sn) & MASK) < 0x80000000
+        return ((self.max_cmd_sn - self.cmd_sn) & MASK) < HALF
 
     @property
     def room(self) -> int:
@@ -57,9 +57,10 @@ class CommandWindow:
         """Take in the two numbers of a received PDU."""
         if exp_cmd_sn == self.exp_cmd_sn and max_cmd_sn == self.max_cmd_sn:
             return
-        if less(max_cmd_sn, (exp_cmd_sn - 1) & MASK):
+        # Written out (see ``serial.less``), since every received PDU comes by here.
+        if 0 < ((exp_cmd_sn - 1 - max_cmd_sn) & MASK) < HALF:
             return
-        if less(self.exp_cmd_sn, exp_cmd_sn) and less_or_equal(exp_cmd_sn, self.cmd_sn):
+        if 0 < ((exp_cmd_sn - self.exp_cmd_sn) & MASK) < HALF and ((self.cmd_sn - exp_cmd_sn) & MASK) < HALF:
             self.exp_cmd_sn = exp_cmd_sn
-        if less(self.max_cmd_sn, max_cmd_sn):
+        if 0 < ((max_cmd_sn - self.max_cmd_sn) & MASK) < HALF:
             self.max_cmd_sn = max_cmd_sn

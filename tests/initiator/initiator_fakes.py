@@ -151,6 +151,9 @@ class FakeNexus(FakeExecutor):
     def session(self) -> "FakeNexus":
         return self
 
+    def start(self, cdb: bytes, *, lun: bytes, **buffers: object) -> None:
+        """Nothing is started beforehand: everything goes the general way, by `execute`."""
+
     def add_guard(self, guard: Callable[[Any], Awaitable[bool]]) -> None:
         self.guards.append(guard)
 

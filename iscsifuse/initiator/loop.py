@@ -1,0 +1,131 @@
+"""What all sessions of an event loop share: sending once for many, and waiting for a moment without going to sleep.
+
+**Sending.** A send of 48 bytes costs several microseconds of kernel time, most of which is the way through TCP and
+the waking of the other side; many commands in one send cost little more than one. trio tells instruments when it is
+about to wait for I/O, which is when every task that could run has run: the right moment to send (`Loop.put_off`).
+
+**Waiting.** Where just one command is under way, its answer is often there sooner than this process could fall asleep
+and be woken. So its task may look at its socket again and again for a few microseconds (`Loop.glance`) before it lets
+go of the processor, as QEMU's ``poll-max-ns`` has it. Three things keep that harmless: it ends as soon as any other
+descriptor that belongs to us has something to say; nobody does it while more than one command is under way; and how
+long it may last (`Glance`) follows from how long the last waits were, down to not at all.
+"""
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Callable
+
+import trio
+
+__all__ = ["Glance", "Loop"]
+
+
+class Glance:
+    """How long to look before sleeping, learnt from the waits themselves.
+
+    A wait that ended shortly after we fell asleep: looking longer would have paid. One that took long: looking was
+    for nothing. (The way of QEMU's ``poll-max-ns``.)
+
+    Args:
+        most: nanoseconds to look at most; a wait below this is one worth looking for.
+
+    Attributes:
+        limit: nanoseconds to look the next time; 0: don't.
+    """
+
+    __slots__ = ("_most", "limit")
+
+    _FIRST = 8_000
+
+    def __init__(self, most: int) -> None:
+        # With one processor, whoever we wait for can't work while we look.
+        self._most = most if len(os.sched_getaffinity(0)) > 1 else 0
+        self.limit = 0
+
+    def learn(self, waited: int) -> None:
+        """A wait that ended asleep took so many nanoseconds in all."""
+        if waited < self._most:
+            self.limit = min(self._most, max(self._FIRST, self.limit * 2))
+        elif self.limit:
+            self.limit = self.limit // 2 if self.limit > self._FIRST else 0
+
+
+class Loop(trio.abc.Instrument):
+    """One for each ``trio.run``; see `current`.
+
+    Attributes:
+        under_way: commands that were sent and aren't done, of all sessions.
+    """
+
+    def __init__(self) -> None:
+        self.under_way = 0
+        self._due: list[Callable[[], None]] = []
+        self._token = trio.lowlevel.current_trio_token()
+        self._poll = select.poll()
+
+    @classmethod
+    def current(cls) -> "Loop":
+        """That of the running event loop."""
+        try:
+            return _loop.get()
+        except LookupError:
+            loop = cls()
+            trio.lowlevel.add_instrument(loop)
+            _loop.set(loop)
+            return loop
+
+    # -- sending ---------------------------------------------------------------------------------------------------
+
+    def put_off(self, function: Callable[[], None]) -> None:
+        """Have a function called, once, before the event loop waits for I/O.
+
+        It runs outside of any task: it must not raise, and must wake tasks by `wake_soon` only, since it is decided
+        already how long the loop is going to sleep.
+        """
+        self._due.append(function)
+
+    def wake_soon(self, function: Callable[[], None]) -> None:
+        """For functions that were put off: call another one, which may wake tasks, in the next round."""
+        self._token.run_sync_soon(function)
+
+    def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002 - trio's signature
+        """The event loop has nothing else to do. See ``trio.abc.Instrument``."""
+        if self._due:
+            due, self._due = self._due, []
+            for function in due:
+                function()
+
+    # -- waiting ---------------------------------------------------------------------------------------------------
+
+    def watch(self, fd: int) -> None:
+        """A descriptor whose news must not wait while somebody looks for his own."""
+        self._poll.register(fd, select.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """Forget a descriptor, before it is closed; unknown ones are ignored."""
+        with contextlib.suppress(KeyError):
+            self._poll.unregister(fd)
+
+    def glance(self, fd: int, limit: int) -> bool:
+        """Look until a watched descriptor has news, without letting anybody else run.
+
+        Args:
+            fd: the one that the caller waits for.
+            limit: nanoseconds to look at most.
+
+        Returns:
+            Whether it has news; not if another one has, too.
+        """
+        end = time.monotonic_ns() + limit
+        poll = self._poll.poll
+        while True:
+            ready = poll(0)
+            if ready:
+                return len(ready) == 1 and ready[0][0] == fd
+            if time.monotonic_ns() >= end:
+                return False
+
+
+_loop: trio.lowlevel.RunVar[Loop] = trio.lowlevel.RunVar("iscsifuse loop")
