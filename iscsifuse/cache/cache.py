@@ -25,7 +25,7 @@ calls end. Hence no circles, and no waiting for ever.
 import trio
 
 from iscsifuse.cache.device import BlockDevice, EndOfDeviceError
-from iscsifuse.cache.extent import Extent, Geometry, Transfer, runs, span
+from iscsifuse.cache.extent import Extent, Geometry, runs, span
 from iscsifuse.cache.file import BlockFile, Buffer
 from iscsifuse.cache.filling import Filler
 from iscsifuse.cache.pool import BufferPool
@@ -44,6 +44,8 @@ _PATIENCE = 1
 # Small ones don't count: they are many where a block is dying, and shouldn't queue for its timeouts.
 _MOST_ASIDE = 12
 _SMALL = 64 * 1024
+# Longest read that may be a stray.
+_STRAY = 16 * 1024
 
 
 class BlockCache(BlockFile):
@@ -81,6 +83,8 @@ class BlockCache(BlockFile):
             block_count=lambda: device.block_count,
         )
         self._watching = False
+        self._keep_strays = settings.keep_strays
+        self._visited: dict[int, None] = {}  # extents that aren't cached, where a stray was read; oldest first
         self._aside = trio.Semaphore(_MOST_ASIDE)
         self._hits = self._misses = self._uncached = 0
         self._uncached_bytes = self._uncached_commands = self._writes = 0
@@ -141,6 +145,25 @@ class BlockCache(BlockFile):
 
     # -- reading ------------------------------------------------------------------------------------------------
 
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        """See ``BlockFile.peek``; only of a single extent."""
+        index, start = divmod(offset, self._extent_length)
+        extent = self._extents.get(index)
+        if extent is None:
+            return None
+        end = start + length
+        block = self._block_length
+        wanted = (1 << -(-end // block)) - (1 << start // block)
+        if wanted & ~extent.valid or not length:  # what is beyond the extent, or the device, is never valid
+            return None
+        if self._watching:
+            plan = self._observe(offset, offset + length, size=self._device.block_count * block)
+            if plan is not None:
+                self._prefetcher.submit(*plan)
+        self._hits += 1
+        self._pool.touch(extent, wanted, start=start, stop=end)
+        return extent.view[start:end]
+
     async def read(self, offset: int, length: int) -> Buffer:
         """See ``BlockFile.read``."""
         block = self._block_length
@@ -162,6 +185,10 @@ class BlockCache(BlockFile):
         wanted = (1 << -(-end // block)) - (1 << start // block)
         extent = self._extents.get(index)
         if extent is None:
+            if stop - offset <= _STRAY and self._is_stray(index):
+                self._misses += 1
+                self._uncached += 1
+                return await self._read_aside(offset, stop)
             extent = self._filler.allocate(index)
             if extent is None:
                 return await self._read_uncached(offset, stop)
@@ -176,14 +203,38 @@ class BlockCache(BlockFile):
         last = missing.bit_length()
         if missing & extent.filling or missing != (1 << last) - (1 << first):
             return await self._read_span(offset, stop)
+        # What ``Filler.demand`` does, for a single run, with nothing in between.
         self._misses += 1
+        filler = self._filler
+        filler.commands += 1
+        generation = filler.generation
+        good = False
         extent.filling |= missing
-        await self._filler.demand(Transfer.of(self._geometry, extent, first, last))
+        try:
+            view = extent.view[first * block : last * block]
+            await self._device.read_into(view, lba=index * self._geometry.blocks + first)
+            good = generation == filler.generation
+        finally:
+            filler.end(extent, missing, good=good)
+        filler.filled += len(view)
         # No await since the fill: what is valid now can't go before the caller's next checkpoint.
         if wanted & ~extent.valid:  # Invalidated meanwhile.
             return await self._read_span(offset, stop, waited=True)
         self._pool.touch(extent, wanted, start=start, stop=end)
         return extent.view[start:end]
+
+    def _is_stray(self, index: int) -> bool:
+        """Whether a place is not to be cached yet, since nobody has asked for it of late; now somebody has."""
+        if self._keep_strays:
+            return False
+        visited = self._visited
+        if index in visited:
+            del visited[index]
+            return False
+        if len(visited) >= self._pool.slots:
+            del visited[next(iter(visited))]
+        visited[index] = None
+        return True
 
     async def _read_span(self, offset: int, stop: int, *, waited: bool = False) -> Buffer:
         """Any read: of several extents, of several runs, of blocks that others are filling."""
@@ -285,6 +336,15 @@ class BlockCache(BlockFile):
         block = self._block_length
         first, last = offset // block, -(-stop // block)
         buffer = memoryview(bytearray((last - first) * block))
+        blocks = self._geometry.blocks
+        if first // blocks not in self._extents and (last - 1) // blocks == first // blocks:
+            # The usual stray: all of it is on the device, and only there.
+            self._uncached_commands += 1
+            await self._device.read_into(buffer, lba=first)
+            self._uncached_bytes += len(buffer)
+            if first // blocks in self._extents:
+                self._overlay(buffer, first, last)
+            return buffer[offset - first * block : stop - first * block]
         missing = self._overlay(buffer, first, last)
         for begin, end in runs(missing):
             self._uncached_commands += 1

@@ -57,6 +57,13 @@ class BlockFile(abc.ABC):
         and recorded as an error. Without a running ``run`` there is no read-ahead, and writes go through.
         """
 
+    def peek(self, offset: int, length: int) -> Buffer | None:  # noqa: ARG002 - for who can
+        """What ``read`` would return, where all of it is in memory; None where one would have to wait, or might.
+
+        A plain call: for whoever wants to be spared the cost of an await. Counts as a read if it isn't None.
+        """
+        return None
+
     @abc.abstractmethod
     async def read(self, offset: int, length: int) -> Buffer:
         """Read ``length`` bytes from ``offset``, fewer only at the end of the device (none beyond it).

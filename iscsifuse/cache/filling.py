@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from iscsifuse.cache.device import BlockDevice
-from iscsifuse.cache.extent import Extent, Geometry, Transfer, runs
+from iscsifuse.cache.extent import Extent, Geometry, Transfer, runs, span
 from iscsifuse.cache.pool import BufferPool
 
 __all__ = ["Filler"]
@@ -41,17 +41,14 @@ class Filler:
         self.commands = self.filled = 0
         self._device = device
         self._depth = depth
+        self._full = span(0, geometry.blocks)
 
     def allocate(self, index: int, *, ahead: bool = False) -> Extent | None:
         """A new, empty extent, if there is a slot for it; for read-ahead only if nothing better has to go."""
-        geometry = self.geometry
-        return self.pool.allocate(
-            self.extents,
-            index,
-            length=geometry.length,
-            blocks=max(0, min(geometry.blocks, self._device.block_count - index * geometry.blocks)),
-            ahead=ahead,
-        )
+        blocks = self.geometry.blocks
+        rest = self._device.block_count - index * blocks
+        full = self._full if rest >= blocks else span(0, max(0, rest))
+        return self.pool.allocate(self.extents, index, length=self.geometry.length, full=full, ahead=ahead)
 
     def invalidate(self) -> None:
         """Drop all clean content, and that of the fills in flight."""
@@ -85,21 +82,24 @@ class Filler:
         """
         generation = self.generation
         good = False
-        pool = self.pool
         try:
-            await self._device.read_into(pool.view[transfer.begin : transfer.end], lba=transfer.lba)
+            await self._device.read_into(self.pool.view[transfer.begin : transfer.end], lba=transfer.lba)
             good = generation == self.generation
         finally:
             for extent, blocks in transfer.parts:
-                extent.filling &= ~blocks
-                if good:
-                    extent.valid |= blocks
-                else:
-                    extent.lost += 1
-                if extent.event is not None:
-                    extent.wake()
-            if pool.wanted is not None:
-                pool.notify()
+                self.end(extent, blocks, good=good)
+
+    def end(self, extent: Extent, blocks: int, *, good: bool) -> None:
+        """A fill of some blocks of an extent is over."""
+        extent.filling &= ~blocks
+        if good:
+            extent.valid |= blocks
+        else:
+            extent.lost += 1
+        if extent.event is not None:
+            extent.wake()
+        if self.pool.wanted is not None:
+            self.pool.notify()
 
     async def demand(self, transfer: Transfer) -> None:
         """A ``fill`` that somebody waits for."""

@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 import trio
 
-from iscsifuse.cache.extent import Extent, span
+from iscsifuse.cache.extent import Extent
 
 __all__ = ["BufferPool"]
 
@@ -86,7 +86,7 @@ class BufferPool:
     # -- allocation ---------------------------------------------------------------------------------------------
 
     def allocate(
-        self, home: dict[int, Extent], index: int, *, length: int, blocks: int, ahead: bool = False
+        self, home: dict[int, Extent], index: int, *, length: int, full: int, ahead: bool = False
     ) -> Extent | None:
         """Make an extent and enter it into its owner's table; never waits.
 
@@ -94,7 +94,7 @@ class BufferPool:
             home: the owner's table, which must have no extent of this index.
             index: number of the extent on its device.
             length: bytes in an extent of this owner, at most ``slot_size``.
-            blocks: blocks in this very extent.
+            full: the set of all blocks of this very extent.
             ahead: for read-ahead, which must not drive out anything that is worth more.
 
         Returns:
@@ -123,7 +123,7 @@ class BufferPool:
         self._clock += 1
         address = slot * self.slot_size
         extent = Extent(
-            home, index, slot=slot, address=address, view=self.view[address : address + length], full=span(0, blocks)
+            home, index, slot=slot, address=address, view=self.view[address : address + length], full=full
         )
         extent.born = self._clock
         queue = self._ahead if ahead else self._probation

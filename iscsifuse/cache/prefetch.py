@@ -16,6 +16,7 @@ import trio
 
 from iscsifuse.cache.extent import Transfer, next_run, span
 from iscsifuse.cache.filling import Filler
+from iscsifuse.cache.pacing import Pacer
 from iscsifuse.cache.readahead import ReadAhead, Stream
 from iscsifuse.cache.workers import Workers
 from iscsifuse.cache.writeback import LARGEST_TRANSFER
@@ -61,6 +62,7 @@ class Prefetcher:
         self._filler = filler
         self._block_count = block_count
         self._ranges: deque[_Range] = deque()
+        self._pacer = Pacer()
         self._workers = Workers(depth, take=self._take, work=self._read)
 
     def start(self, nursery: trio.Nursery) -> None:
@@ -79,9 +81,12 @@ class Prefetcher:
             self._workers.kick()
 
     def _take(self) -> tuple[Stream, Transfer] | None:
-        """The next command; its blocks are ``filling`` from now on."""
+        """The next command; its blocks are ``filling`` from now on.
+
+        None also where enough is under way: each worker that ends a command comes back for the next one.
+        """
         block = self._geometry.block_length
-        while self._ranges:
+        while self._ranges and self._pacer.has_room:
             work = self._ranges[0]
             # In blocks: from the first that no demand has begun with; the policy's end may lie inside a block.
             position = -(-max(work.position, work.stream.end) // block)
@@ -132,11 +137,16 @@ class Prefetcher:
 
     async def _read(self, job: tuple[Stream, Transfer]) -> None:
         stream, transfer = job
+        size = transfer.end - transfer.begin
         self.commands += 1
+        well = False
+        begun = self._pacer.begin(size)
         try:
             await self._filler.fill(transfer)
+            well = True
+            self.arrived += size
         except Exception:
             self.failures += 1
             self._policy.failed(stream)
-        else:
-            self.arrived += transfer.end - transfer.begin
+        finally:
+            self._pacer.end(size, begun, well=well)

@@ -144,6 +144,11 @@ class ReadAhead:
             if candidate is not None:
                 candidate.start = offset
                 self._forget(candidate)
+            elif end not in self._candidates and offset not in self._starts and end not in self._starts:
+                # Near to nothing: a random request. The general way would end up here, too.
+                self._make_room()
+                self._candidates[end] = self._starts[offset] = _Candidate(offset, end)
+                return None
             else:
                 candidate = _Candidate(offset, end)
         after = self._starts.get(candidate.end)
@@ -168,10 +173,16 @@ class ReadAhead:
         for other in (self._candidates.get(candidate.end), self._starts.get(candidate.start)):
             if other is not None:
                 self._forget(other)
-        if len(self._candidates) >= CANDIDATES:
-            self._forget(next(iter(self._candidates.values())))
+        self._make_room()
         self._candidates[candidate.end] = candidate
         self._starts[candidate.start] = candidate
+
+    def _make_room(self) -> None:
+        if len(self._candidates) >= CANDIDATES:
+            candidates, starts = self._candidates, self._starts
+            oldest = candidates.pop(next(iter(candidates)))
+            if starts.get(oldest.start) is oldest:
+                del starts[oldest.start]
 
     def _forget(self, candidate: _Candidate) -> None:
         """Take a candidate out of both tables, where it is (still) the one that stands there."""

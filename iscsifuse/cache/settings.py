@@ -17,6 +17,9 @@ class CacheSettings:
         max_dirty: bytes of this LUN's extents that may hold unwritten data before writers wait; 0 for half of the
             pool. Whole extents are counted, however few of their blocks are dirty; at least one is granted.
         write_back_delay: seconds that a partly dirtied extent waits for more writes before it is written back.
+        keep_strays: whether a small read of a place where nothing was read or written of late is cached at once
+            (True), or only when somebody comes back to that place (False). Requests that lie all over a disk are not
+            worth the room, and cost less when none is made for them.
         depth: write-back commands in flight at once, and likewise read-ahead commands; at least 1.
     """
 
@@ -25,6 +28,7 @@ class CacheSettings:
     direct: bool = False
     max_dirty: int = 0
     write_back_delay: float = 0.2
+    keep_strays: bool = True
     depth: int = 16
 
 
@@ -35,7 +39,8 @@ class CacheStats:
     Attributes:
         hits: read requests that were answered from memory, with no waiting.
         misses: read requests that had to wait for the device.
-        uncached_reads: of the misses, those that were read past the cache (no room, or no luck with shared fills).
+        uncached_reads: of the misses, those that were read past the cache (strays, no room, no luck with shared
+            fills).
         fill_commands: device reads that a reader or a partial write waited for.
         fill_bytes: bytes of these.
         read_ahead_commands: device reads made ahead of a sequential reader.

@@ -30,6 +30,7 @@ import trio
 from iscsifuse.cache.device import BlockDevice
 from iscsifuse.cache.errseq import ErrorSequence, write_back_error
 from iscsifuse.cache.extent import Extent, Geometry, Transfer, next_run
+from iscsifuse.cache.pacing import Pacer
 from iscsifuse.cache.pool import BufferPool
 from iscsifuse.cache.settings import CacheSettings
 from iscsifuse.cache.workers import Workers
@@ -82,6 +83,7 @@ class WriteBack:
         self._barriers: list[_Barrier] = []
         self._room: trio.Event | None = None
         self._alarm: trio.Event | None = None
+        self._pacer = Pacer()
         self._workers = Workers(settings.depth, take=self._take, work=self._write_back)
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -220,8 +222,11 @@ class WriteBack:
             self.make_ready(extent)
 
     def _take(self) -> Transfer | None:
-        """The next command; its blocks are ``writing`` from now on."""
-        if not self._ready:
+        """The next command; its blocks are ``writing`` from now on.
+
+        None also where enough is under way: each worker that ends a command comes back for the next one.
+        """
+        if not self._ready or not self._pacer.has_room:
             return None
         geometry = self._geometry
         extent = next(iter(self._ready))
@@ -253,8 +258,15 @@ class WriteBack:
             self._ready.pop(extent, None)
 
     async def _write_back(self, transfer: Transfer) -> None:
+        size = transfer.end - transfer.begin
+        well = False
+        begun = self._pacer.begin(size)
         try:
-            await self._send(transfer)
+            try:
+                await self._send(transfer)
+                well = True
+            finally:
+                self._pacer.end(size, begun, well=well)
         except Exception as error:
             self.failures += 1
             last = transfer.lba + (transfer.end - transfer.begin) // self._geometry.block_length - 1

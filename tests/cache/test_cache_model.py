@@ -84,6 +84,7 @@ class Setup:
     slowness: float
     faults: str
     luns: int = 1
+    keep_strays: bool = True
 
     @property
     def size(self) -> int:
@@ -139,7 +140,8 @@ async def do_read(world: World, offset: int, length: int, patience: float) -> No
     begun = world.model.tick()
     with trio.move_on_after(patience):
         try:
-            found = bytes(await world.file.read(offset, length))
+            peeked = world.file.peek(offset, length)
+            found = bytes(await world.file.read(offset, length) if peeked is None else peeked)
         except IscsifuseError:
             assert world.setup.faults in ("reads", "all") or world.device.bad
             return
@@ -224,6 +226,7 @@ def make_world(setup: Setup, pool: BufferPool, number: int, bad: set[int]) -> Wo
             write_behind=setup.mode == "behind",
             direct=setup.mode == "direct",
             depth=setup.depth,
+            keep_strays=setup.keep_strays,
         ),
     )
     model = Model(bytes(device.data), setup.block_length)
@@ -299,6 +302,7 @@ def _setups() -> st.SearchStrategy[Setup]:
         slowness=st.sampled_from((0.01, 0.3)),
         faults=st.sampled_from(("none", "none", "reads", "writes", "all")),
         luns=st.integers(1, 3),
+        keep_strays=st.booleans(),
     )
 
 
@@ -333,6 +337,7 @@ def _random_play(mode: str, faults: str, seed: int) -> tuple[Setup, list[Step]]:
         r.choice((0.01, 0.3)),
         faults,
         r.choice((1, 1, 2, 5)),
+        keep_strays=r.random() < 0.5,
     )
     kinds = ("read", "read", "write", "write", "write", "drain", "sync", "open", "invalidate", "scan")
     steps: list[Step] = [

@@ -22,7 +22,7 @@ class Owner:
         self.home: dict[int, Extent] = {}
 
     def get(self, index: int, *, ahead: bool = False) -> Extent | None:
-        return self.home.get(index) or self.pool.allocate(self.home, index, length=SLOT, blocks=8, ahead=ahead)
+        return self.home.get(index) or self.pool.allocate(self.home, index, length=SLOT, full=0xFF, ahead=ahead)
 
     def read(self, index: int, first: int = 0, stop: int = 8) -> Extent:
         extent = self.get(index)
