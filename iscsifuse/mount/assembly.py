@@ -124,7 +124,9 @@ class _Assembler:
         # The promise of a read-only mount is the initiator's: it doesn't hang on how the plan was made.
         self._session = dataclasses.replace(plan.session, read_only=not plan.read_write)
         self._pool = BufferPool(0 if plan.direct_io else plan.cache_size)
-        self._cache = CacheSettings(read_ahead=plan.read_ahead, write_behind=plan.write_behind, direct=plan.direct_io)
+        self._cache = CacheSettings(
+            read_ahead=plan.read_ahead, write_behind=plan.write_behind, direct=plan.direct_io, keep_strays=False
+        )
         self._logins = trio.Semaphore(_LOGINS_AT_ONCE)
 
     async def open(self, nursery: trio.Nursery) -> None:

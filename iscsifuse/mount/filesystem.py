@@ -42,6 +42,7 @@ from iscsifuse.mount.operations import DiskOperations
 from iscsifuse.mount.plan import MountPlan
 from iscsifuse.mount.report import StatusReport
 from iscsifuse.mount.tree import Disk, Permissions, Tree
+from iscsifuse.mount.turns import taking_turns
 
 __all__ = ["EXIT_FAILURE", "EXIT_INTERRUPTED", "EXIT_SOME", "Assemble", "build_tree", "serve"]
 
@@ -213,7 +214,7 @@ class _Mount:
 
     async def _serve_requests(self) -> None:
         try:
-            with self._main:
+            with self._main, taking_turns():
                 await pyfuse3.main(min_tasks=WORKERS, max_tasks=WORKERS)
         except Exception as error:
             self._broken = error

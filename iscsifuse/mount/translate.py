@@ -25,7 +25,7 @@ from pyfuse3 import FUSEError
 
 from iscsifuse.errors import IscsifuseError
 
-__all__ = ["RateLimit", "errno_of", "never_enosys", "translated", "worst_leaf"]
+__all__ = ["RateLimit", "errno_of", "fuse_error", "never_enosys", "translated", "worst_leaf"]
 
 log = logging.getLogger(__name__)
 
@@ -129,19 +129,26 @@ def translated(
     async def wrapper(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return await operation(self, *args, **kwargs)
-        except FUSEError:
-            raise
-        except BaseExceptionGroup as group:
-            error = worst_leaf(group)
-            if not isinstance(error, Exception):
-                raise
-            if isinstance(error, FUSEError):
-                raise FUSEError(error.errno) from None
-            raise FUSEError(_told(name, error, group)) from None
-        except Exception as error:
-            raise FUSEError(_told(name, error, error)) from None
+        except (Exception, BaseExceptionGroup) as error:
+            raise fuse_error(name, error) from None
 
     return wrapper
+
+
+def fuse_error(name: str, error: Exception | BaseExceptionGroup[BaseException]) -> FUSEError:
+    """What the operation ``name`` raises instead of an exception; logs it where it is worth telling.
+
+    Raises:
+        BaseExceptionGroup: the given one, where it holds something that is no Exception (a cancellation).
+    """
+    if isinstance(error, FUSEError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        leaf = worst_leaf(error)
+        if not isinstance(leaf, Exception):
+            raise error
+        return leaf if isinstance(leaf, FUSEError) else FUSEError(_told(name, leaf, error))
+    return FUSEError(_told(name, error, error))
 
 
 def never_enosys(

@@ -126,7 +126,9 @@ def main() -> int:
         if options.get("blow_up"):
             os.abort()
         pool = BufferPool(plan.cache_size)
-        settings = CacheSettings(read_ahead=plan.read_ahead, write_behind=plan.write_behind, direct=plan.direct_io)
+        settings = CacheSettings(
+            read_ahead=plan.read_ahead, write_behind=plan.write_behind, direct=plan.direct_io, keep_strays=False
+        )
         made = Assembly(partial=bool(options.get("partial")), sessions=[Session()])
         async with trio.open_nursery() as nursery:
             disks = []
