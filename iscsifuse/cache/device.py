@@ -38,6 +38,11 @@ class BlockDevice(Protocol):
         """Number of logical blocks; may change while mounted (then ``invalidate`` is called)."""
         ...
 
+    @property
+    def write_burst(self) -> int:
+        """Bytes that the disk takes in one write before more round trips are needed; at least one block."""
+        ...
+
     async def read_into(self, buffer: memoryview, *, lba: int) -> None:
         """Fill the whole buffer from the blocks that begin at ``lba``.
 

@@ -8,8 +8,8 @@ processor's caches when its turn comes. (With 16 MiB under way a target on the s
 * the delay is that of the quickest command;
 * the bandwidth is what arrived between the sending of a command and its end, divided by the time that took.
 
-Twice their product is allowed: whatever is limited by us doubles with each round trip, until the line is the limit;
-from then on half of it is a reserve. After a pause everything is measured anew.
+Three times their product is allowed: whatever is limited by us grows with each round trip, until the line is the limit;
+from then on the rest is a reserve. After a pause everything is measured anew.
 
 The idea is that of TCP BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 14/5, 2016).
 """
@@ -22,10 +22,13 @@ __all__ = ["Pacer"]
 
 LEAST = 3 << 20
 """Bytes that are always allowed: enough for whatever is near, with the largest commands."""
-GAIN = 2.0
+FIRST = 8 << 20
+"""Bytes that are allowed while nothing is known: a far line would else begin slowly, and a near one doesn't mind."""
+GAIN = 3.0
 PAUSE = 1.0
 """Seconds without a command after which the line may have become another one."""
-_WEIGHT = 0.125
+_UP = 0.5
+_DOWN = 0.0625
 
 
 class Pacer:
@@ -43,7 +46,7 @@ class Pacer:
 
     def __init__(self, clock: Callable[[], float] = trio.current_time) -> None:
         self.under_way = 0
-        self.limit = LEAST
+        self.limit = FIRST
         self._clock = clock
         self._delivered = 0  # bytes of all commands that have ended well
         self._ended = 0.0
@@ -60,7 +63,7 @@ class Pacer:
         now = self._clock()
         if not self.under_way and now - self._ended > PAUSE:
             self._delay = self._rate = 0.0
-            self.limit = LEAST
+            self.limit = FIRST
         self.under_way += size
         return now, self._delivered
 
@@ -78,5 +81,5 @@ class Pacer:
         if not self._delay or took < self._delay:
             self._delay = took
         rate = (self._delivered - delivered) / took
-        self._rate = self._rate + _WEIGHT * (rate - self._rate) if self._rate else rate
+        self._rate += (_UP if rate > self._rate else _DOWN) * (rate - self._rate)
         self.limit = max(LEAST, int(GAIN * self._rate * self._delay))

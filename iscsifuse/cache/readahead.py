@@ -10,10 +10,14 @@ several readers at the same time, in between random ones. Two tables, each least
 * *streams*: the proven ones. A request that begins at a stream's end is found at once. One that begins close to it
   is the stream's too: it overtook, or was overtaken. Random requests can't push streams out, only other streams can.
 
-The window begins small and doubles with each step, up to the setting, and up to this stream's share of the memory.
-Read-ahead is issued in steps: as soon as half a window, or ``STEP`` where that is less, has been consumed since the
-last one, the window is filled up again. So a full-grown stream keeps nearly its whole window in flight or in
-memory all the time, instead of alternating between a full and a half one.
+A stream that turns out to be full of holes (less than a quarter of what it has passed was asked for) is none: a file
+system check that hops from directory to directory shall not be given all that lies in between.
+
+The window grows with the stream: it is as long as what was read so far, up to the setting, and up to this stream's
+share of the memory. So what is read in vain is never much more than what was read with profit. Read-ahead is issued
+in steps: as soon as half a window, or ``STEP`` where that is less, has been consumed since the last one, the window
+is filled up again. So a full-grown stream keeps nearly its whole window in flight or in memory all the time, instead
+of alternating between a full and a half one.
 """
 
 __all__ = ["ReadAhead", "Stream"]
@@ -22,6 +26,7 @@ INITIAL = 256 * 1024
 STEP = 1 << 20
 LARGE_REQUEST = 64 * 1024
 NEAR = 2 << 20
+SPARSE = 4
 STREAMS = 16
 CANDIDATES = 32
 
@@ -32,16 +37,20 @@ class Stream:
     Attributes:
         end: byte after what was read.
         issued: byte up to which read-ahead was issued.
-        window: bytes that should lie between the two.
+        begun: first byte of it.
+        window: bytes that should lie between ``end`` and ``issued``.
         trigger: the ``end`` from which on the next step is due.
+        passed: the ``end`` at the latest step.
+        read: bytes that were asked for since then.
         dead: forgotten; what was issued for it and not begun yet is pointless.
     """
 
-    __slots__ = ("dead", "end", "issued", "trigger", "window")
+    __slots__ = ("begun", "dead", "end", "issued", "passed", "read", "trigger", "window")
 
-    def __init__(self, end: int) -> None:
-        self.end = self.issued = self.trigger = end
-        self.window = 0
+    def __init__(self, begun: int, end: int) -> None:
+        self.begun = begun
+        self.end = self.issued = self.trigger = self.passed = end
+        self.read = self.window = 0
         self.dead = False
 
 
@@ -86,6 +95,7 @@ class ReadAhead:
         if stream is None:
             return self._stray(offset, end, size)
         stream.end = end
+        stream.read += end - offset
         self._streams[end] = stream
         if end < stream.trigger:
             return None
@@ -93,7 +103,7 @@ class ReadAhead:
 
     def failed(self, stream: Stream) -> None:
         """A read-ahead failed: begin small again."""
-        stream.window = 0
+        stream.begun = stream.end
 
     def refused(self, stream: Stream, position: int) -> None:
         """There was no room from ``position`` on: take it back, and try again when half of the rest is consumed."""
@@ -112,7 +122,13 @@ class ReadAhead:
     def _advance(self, stream: Stream, size: int) -> tuple[Stream, int, int] | None:
         share = min(self._largest, self._budget // max(1, len(self._streams)))
         end = stream.end
-        window = stream.window = min(share, stream.window * 2 or INITIAL)
+        if stream.read * SPARSE < end - stream.passed:
+            stream.dead = True
+            del self._streams[end]
+            return None
+        stream.passed = end
+        stream.read = 0
+        window = stream.window = min(share, max(INITIAL, end - stream.begun))
         stream.trigger = end + max(1, min(window // 2, STEP))
         start = max(stream.issued, end)
         target = end + window
@@ -133,6 +149,7 @@ class ReadAhead:
             if key - NEAR <= offset <= key + NEAR:
                 del self._streams[key]
                 stream.end = max(key, end)
+                stream.read += end - offset
                 self._streams[stream.end] = stream
                 return self._advance(stream, size) if stream.end >= stream.trigger else None
         candidate = self._candidates.pop(offset, None)
@@ -158,12 +175,12 @@ class ReadAhead:
             candidate.continued += after.continued + 1
         if candidate.continued >= (1 if end - offset >= LARGE_REQUEST else 2):
             self._forget(candidate)
-            return self._promote(candidate.end, size)
+            return self._promote(candidate.start, candidate.end, size)
         self._remember(candidate)
         return None
 
-    def _promote(self, end: int, size: int) -> tuple[Stream, int, int] | None:
-        stream = Stream(end)
+    def _promote(self, start: int, end: int, size: int) -> tuple[Stream, int, int] | None:
+        stream = Stream(start, end)
         if len(self._streams) >= STREAMS:
             self._streams.pop(next(iter(self._streams))).dead = True
         self._streams[end] = stream

@@ -29,7 +29,7 @@ class CacheSettings:
     max_dirty: int = 0
     write_back_delay: float = 0.2
     keep_strays: bool = True
-    depth: int = 16
+    depth: int = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,7 +231,9 @@ class WriteBack:
         geometry = self._geometry
         extent = next(iter(self._ready))
         first, stop = next_run(extent.dirty, extent.cursor)
-        stop = min(stop, first + max(1, LARGEST_TRANSFER // geometry.block_length))
+        # One burst for each command: a far disk asks for the next one only when it has the first.
+        longest = min(LARGEST_TRANSFER, self._device.write_burst)
+        stop = min(stop, first + max(1, longest // geometry.block_length))
         transfer = Transfer.of(geometry, extent, first, stop)
         self._begin(extent, transfer)
         while stop == geometry.blocks:
@@ -240,7 +242,7 @@ class WriteBack:
                 break
             extent = following
             stop = next_run(extent.dirty, 0)[1]
-            if transfer.end - transfer.begin + stop * geometry.block_length > LARGEST_TRANSFER:
+            if transfer.end - transfer.begin + stop * geometry.block_length > longest:
                 break
             if not transfer.add(geometry, extent, 0, stop):
                 break

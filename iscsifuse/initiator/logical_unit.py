@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 MAX_TRANSFER = 1 << 20
 """Bytes in one command at most. More would only hold up its neighbours: throughput comes from commands in flight."""
+LEAST_BURST = 128 << 10
+"""Bytes in a write, where the target's bursts are so short that one command for each would be worse."""
 _INVALID_OPCODE = 0x20
 _GOOD = 0x00
 
@@ -94,6 +96,11 @@ class LogicalUnit:
     def label(self) -> str:
         """Name for messages: LUN 1 of iqn..."""
         return self._commander.label
+
+    @property
+    def write_burst(self) -> int:
+        """Bytes of a write that go on one R2T (MaxBurstLength); see ``BlockDevice``. Source: RFC 7143 §13.13."""
+        return max(LEAST_BURST, self._nexus.negotiated.max_burst_length)
 
     async def read_into(self, buffer: memoryview, *, lba: int) -> None:
         """Read whole blocks.

@@ -64,7 +64,7 @@ _TICK = 1.0
 _RECEIVES_PER_TURN = 16
 _QUICK = 64 * 1024
 """Bytes of a command whose answer may be there before we could fall asleep."""
-_LONGEST_GLANCE = 120_000
+_LONGEST_GLANCE = 250_000
 """Nanoseconds to look for it."""
 _GLANCES_IN_A_ROW = 32
 

@@ -3,8 +3,9 @@
 Nothing in here asks the mounted file system anything (a stat(2) of the mount from the thread that serves it would
 wait for itself, for ever): device numbers come from the mount table.
 
-* **Read-ahead.** A FUSE mount reads ahead 128 KiB, which at 2 ms a request is 100 MB/s. ``read_ahead_kb`` of its
-  backing device information is root's to raise.
+* **Read-ahead.** A FUSE mount reads ahead 128 KiB; ``read_ahead_kb`` of its backing device information is root's to
+  raise. A little more makes fewer requests of a stream. Much more doesn't pay: how far to read ahead is the cache's
+  business, which sees the whole stream and measures the line, and the kernel would blow up random reads with it.
 * **Requests in the background** (read-ahead, direct I/O): 12 at a time by default; ``max_background``, root's too,
   and only where fusectl is mounted.
 * **A lost request.** pyfuse3 waits until /dev/fuse is readable, then reads it with a blocking read. If the program
@@ -31,8 +32,8 @@ __all__ = ["keep_awake", "prepare_process", "tune_mount", "unmount_call"]
 
 log = logging.getLogger(__name__)
 
-KERNEL_READ_AHEAD = 4 << 20
-"""Bytes; deep enough to keep four of the largest requests (1 MiB) on their way."""
+KERNEL_READ_AHEAD = 512 << 10
+"""Bytes."""
 MAX_BACKGROUND = 256
 CONGESTION_THRESHOLD = 192
 OOM_SCORE_ADJ = -900

@@ -37,7 +37,7 @@ __all__ = ["Turns", "taking_turns"]
 
 _IN_A_ROW = 32
 """Requests that may be taken without letting other tasks run."""
-_LONGEST_GLANCE = 60_000
+_LONGEST_GLANCE = 200_000
 """Nanoseconds to look for the next request before going to sleep."""
 
 

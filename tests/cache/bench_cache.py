@@ -20,6 +20,7 @@ class Instant:
     def __init__(self, *, size: int, block_length: int = 512, copy: bool = False) -> None:
         self.block_length = block_length
         self.block_count = size // block_length
+        self.write_burst = 1 << 20
         self._source = bytes(MIB) if copy else b""
         self.commands = 0
 

@@ -4,7 +4,7 @@ import heapq
 
 import pytest
 
-from iscsifuse.cache.pacing import LEAST, PAUSE, Pacer
+from iscsifuse.cache.pacing import GAIN, LEAST, PAUSE, Pacer
 
 MIB = 1 << 20
 
@@ -45,8 +45,8 @@ def test_a_far_line_is_filled(delay: float) -> None:
     line = Line(delay=delay, rate=125e6)
     assert line.run(4) > 0.95 * line.rate
     assert line.pacer.under_way == 0
-    # Not much more than twice what fits into the line, the command itself included.
-    assert line.pacer.limit <= max(LEAST, 2.3 * line.rate * (delay + MIB / line.rate))
+    # Not much more than what is meant to be, the command itself included.
+    assert line.pacer.limit <= max(LEAST, 1.15 * GAIN * line.rate * (delay + MIB / line.rate))
 
 
 def test_a_near_line_is_not_swamped() -> None:

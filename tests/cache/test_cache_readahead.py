@@ -35,6 +35,32 @@ def test_large_requests_are_a_stream_from_the_second_on() -> None:
     assert stop == start + INITIAL
 
 
+def test_hopping_forward_is_no_stream() -> None:
+    policy = make()
+    feed(policy, sequential(0, MIB, 128 * KIB))
+    assert policy._streams
+    hops = [(MIB + hop * 100 * KIB, 4 * KIB) for hop in range(100)]  # from directory to directory
+    fetched = sum(stop - start for _, start, stop in feed(policy, hops))
+    assert fetched <= 2 * MIB
+    assert not policy._streams
+
+
+def test_a_few_holes_are_forgiven() -> None:
+    policy = make()
+    requests = [(offset, length) for offset, length in sequential(0, 32 * MIB, 128 * KIB) if offset % MIB]
+    fetched = sum(stop - start for _, start, stop in feed(policy, requests))
+    assert fetched > 24 * MIB
+
+
+@pytest.mark.parametrize("length", [4 * KIB, 128 * KIB, MIB])
+def test_never_much_more_is_fetched_in_vain_than_was_read(length: int) -> None:
+    for count in (2, 3, 5, 8, 13, 30):
+        policy = make()
+        read = count * length
+        fetched = sum(stop - start for _, start, stop in feed(policy, sequential(0, read, length)))
+        assert max(0, fetched - read) <= max(INITIAL, read)
+
+
 def test_small_requests_from_the_third_on() -> None:
     policy = make()
     assert feed(policy, [(0, 4096), (4096, 4096)]) == []

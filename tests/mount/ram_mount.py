@@ -37,6 +37,7 @@ class RamDisk:
         self.lun = lun
         self.block_length = block_length
         self.block_count = blocks
+        self.write_burst = 1 << 18
         self.data = bytearray(blocks * block_length)
         self.statistics = CommandStatistics()
         self._control = control
