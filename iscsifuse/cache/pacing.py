@@ -8,8 +8,8 @@ processor's caches when its turn comes. (With 16 MiB under way a target on the s
 * the delay is that of the quickest command;
 * the bandwidth is what arrived between the sending of a command and its end, divided by the time that took.
 
-Three times their product is allowed: whatever is limited by us grows with each round trip, until the line is the limit;
-from then on the rest is a reserve. After a pause everything is measured anew.
+Three times their product is allowed: whatever is limited by us grows with each round trip, until the line is the
+limit; from then on the rest is a reserve. After a pause everything is measured anew.
 
 The idea is that of TCP BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 14/5, 2016).
 """

@@ -52,7 +52,7 @@ def test_a_far_line_is_filled(delay: float) -> None:
 def test_a_near_line_is_not_swamped() -> None:
     line = Line(delay=0.0001, rate=1.4e9)
     assert line.run(1) > 0.95 * line.rate
-    assert line.pacer.limit == LEAST
+    assert line.pacer.limit <= 4 * MIB
 
 
 def test_a_line_that_was_busy_with_others_is_found_out_after_a_pause() -> None:
