@@ -8,8 +8,9 @@ processor's caches when its turn comes. (With 16 MiB under way a target on the s
 * the delay is that of the quickest command;
 * the bandwidth is what arrived between the sending of a command and its end, divided by the time that took.
 
-Three times their product is allowed: whatever is limited by us grows with each round trip, until the line is the
-limit; from then on the rest is a reserve. After a pause everything is measured anew.
+Three times their product is allowed, less a constant, since little is enough for what is near: whatever is limited by
+us grows with each round trip, until the line is the limit; from then on the rest is a reserve. After a pause
+everything is measured anew.
 
 The idea is that of TCP BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 14/5, 2016).
 """
@@ -82,4 +83,4 @@ class Pacer:
             self._delay = took
         rate = (self._delivered - delivered) / took
         self._rate += (_UP if rate > self._rate else _DOWN) * (rate - self._rate)
-        self.limit = max(LEAST, int(GAIN * self._rate * self._delay))
+        self.limit = max(LEAST, int(GAIN * self._rate * self._delay) - LEAST)
