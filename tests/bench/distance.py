@@ -1,6 +1,10 @@
 """A target that is far away, behind a line of 1 Gbit/s, and one that wants checksums."""
 
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 
 from bench import shell
 from bench.contender import Contender, FileContender
@@ -9,13 +13,13 @@ from bench.ours import Iscsifuse
 from bench.peers import Libiscsi
 from bench.sequential import count_bytes
 from bench.shell import ContenderError
-from bench.stage import Stage
+from bench.stage import Disk, Stage
 from bench.work import MB, RATE, Metric, Work, compare_with_backing
 from support.disks import MIB
 from support.ports import HOST
 from support.relay import Relay
 
-__all__ = ["LINE", "Digests", "FarRead", "FarWrite"]
+__all__ = ["LINE", "Digests", "DigestsOfQuickTarget", "FarRead", "FarWrite"]
 
 LINE = 125_000_000
 """Bytes per second of the line, one way: 1 Gbit/s."""
@@ -129,14 +133,16 @@ class Digests(Work):
 
     def measure(self, contender: Contender) -> Mapping[str, float]:
         assert isinstance(contender, Iscsifuse)
-        without = self._rate(contender, "none")
-        rate = self._rate(contender, "crc32c")
+        return self._compare(contender, self.stage.digested, None)
+
+    def _compare(self, contender: Iscsifuse, disk: Disk, portal: str | None) -> dict[str, float]:
+        without = self._rate(contender, disk, portal, "none")
+        rate = self._rate(contender, disk, portal, "crc32c")
         return {"with": rate, "without": without, "kept": rate / without}
 
-    def _rate(self, contender: Iscsifuse, digest: str) -> float:
-        disk = self.stage.digested
+    def _rate(self, contender: Iscsifuse, disk: Disk, portal: str | None, digest: str) -> float:
         options = ("--header-digest", digest, "--data-digest", digest)
-        with contender.open([disk], options=options) as opened:
+        with contender.open([disk], portal=portal, options=options) as opened:
             keys = contender.status(opened.path.parent)["sessions"][0]["keys"]
             if {keys["HeaderDigest"].lower(), keys["DataDigest"].lower()} != {digest}:
                 raise ContenderError(f"the session has not the digests that were asked for: {keys}")
@@ -146,3 +152,39 @@ class Digests(Work):
             if self.wants_check:
                 compare_with_backing(self, opened, opened.path, disk.backing, disk.size)
         return disk.size / seconds / MB
+
+
+class DigestsOfQuickTarget(Digests):
+    """The same with a target that computes CRC32C with the processor's instruction: our own.
+
+    tgtd computes it byte by byte, which takes it two seconds for a GiB; what an initiator can keep of the rate then
+    says little about the initiator.
+    """
+
+    name = "digests-quick"
+    title = "the same with a target whose CRC32C is quick (python -m iscsifuse.testing)"
+
+    def prepare(self) -> None:
+        assert self.stage.data.size
+
+    def measure(self, contender: Contender) -> Mapping[str, float]:
+        assert isinstance(contender, Iscsifuse)
+        disk = replace(self.stage.data, target="iqn.2026-11.example:quick", lun=1)
+        with _quick_target(disk) as portal:
+            return self._compare(contender, disk, portal)
+
+
+@contextmanager
+def _quick_target(disk: Disk) -> Iterator[str]:
+    """The loopback target as a process of its own; yields its portal."""
+    command = [sys.executable, "-m", "iscsifuse.testing", "--read-only", "--first-lun", str(disk.lun)]
+    command += ["--target", disk.target, str(disk.backing)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            words = process.stdout.readline().split()
+            if words[:2] != ["listening", "on"]:
+                raise ContenderError(f"the loopback target said {words}")
+            yield words[2]
+        finally:
+            process.kill()
