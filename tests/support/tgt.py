@@ -66,7 +66,9 @@ class TgtServer(TargetServer):
                 break
         else:
             raise TgtError(f"tgtd found no free port:\n{self.log.read_text()}")
-        for arguments in self._journal:
+        # Binding comes last, as with tgt-admin: nobody shall log in to a target whose disks are still to come.
+        simple = not any("delete" in words for words in self._journal)
+        for arguments in sorted(self._journal, key=lambda words: simple and "bind" in words):
             self._tgtadm(*arguments)
 
     def _launch(self) -> bool:
