@@ -317,6 +317,12 @@ def test_underflow_of_parameter_data_that_does_not_add_up(residual: int) -> None
     assert f"{residual} of 255 bytes are missing, but sent 36" in str(error)
 
 
+def test_a_command_without_data_has_nothing_to_be_short_of() -> None:
+    assert finish(Task(bytes(6), lun=LUN), underflow=0) is None
+    assert finish(Task(bytes(6), lun=LUN), overflow=36) is None
+    assert Task(bytes(6), lun=LUN).shortfall() is None
+
+
 def test_overflow_of_parameter_data_is_more_than_we_asked_for() -> None:
     task = received(reading(255, exact=False), 255)
     assert finish(task, overflow=1000) is None
