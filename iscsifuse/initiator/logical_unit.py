@@ -37,7 +37,7 @@ from iscsifuse.errors import (
 from iscsifuse.initiator.commander import Commander, Executor
 from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.inventory import LunDescription, examine_capacity, examine_identity
-from iscsifuse.initiator.nexus import Nexus
+from iscsifuse.initiator.nexus import Nexus, Started
 from iscsifuse.initiator.policy import Change
 from iscsifuse.initiator.session import Session
 from iscsifuse.scsi import cdb as cdbs
@@ -127,14 +127,7 @@ class LogicalUnit:
                 await session.until_done(task)
                 if task.status == _GOOD and task.error is None:
                     return
-            await self._commander.run(
-                cdb,
-                buffer_in=buffer,
-                exact=True,
-                place=f" at LBA {lba}",
-                first=started
-                and self._nexus.execute(cdb, lun=self._address, buffer_in=buffer, exact=True, first=started),
-            )
+            await self._carry_on(cdb, started, lba=lba, buffer_in=buffer)
             return
         step = self._max_blocks
         with plain_errors():
@@ -166,14 +159,7 @@ class LogicalUnit:
                 await session.until_done(task)
                 if task.status == _GOOD and task.error is None:
                     return
-            await self._commander.run(
-                cdb,
-                buffer_out=buffer,
-                exact=True,
-                place=f" at LBA {lba}",
-                first=started
-                and self._nexus.execute(cdb, lun=self._address, buffer_out=buffer, exact=True, first=started),
-            )
+            await self._carry_on(cdb, started, lba=lba, buffer_out=buffer)
             return
         step = self._max_blocks
         with plain_errors():
@@ -207,6 +193,26 @@ class LogicalUnit:
                 raise  # it says that it has a volatile cache, and can't flush it
             log.info("%s has no SYNCHRONIZE CACHE and doesn't tell of a cache: taken for write-through", self.label)
             self._has_volatile_cache = False
+
+    async def _carry_on(
+        self,
+        cdb: bytes,
+        started: Started | None,
+        *,
+        lba: int,
+        buffer_in: memoryview | None = None,
+        buffer_out: memoryview | None = None,
+    ) -> None:
+        """Whatever isn't plain success at the first attempt, if there was one: judge it, try again, or raise."""
+        first = None
+        if started is not None:
+            first = self._nexus.execute(
+                cdb, lun=self._address, buffer_in=buffer_in, buffer_out=buffer_out, exact=True, first=started
+            )
+        place = f" at LBA {lba}"
+        await self._commander.run(
+            cdb, buffer_in=buffer_in, buffer_out=buffer_out, exact=True, place=place, first=first
+        )
 
     # -- splitting -------------------------------------------------------------------------------------------------
 

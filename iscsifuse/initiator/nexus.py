@@ -47,7 +47,7 @@ from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.iscsi.parameters import LoginConfig, NegotiatedParameters
 from iscsifuse.iscsi.tasks import Task
 
-__all__ = ["Nexus", "NexusState", "open_nexus"]
+__all__ = ["Nexus", "NexusState", "Started", "open_nexus"]
 
 log = logging.getLogger(__name__)
 
