@@ -65,6 +65,8 @@ class Relay:
         self._cut_down_at: int | None = None
         self._ways: list[_Way] = []
         self._lock = threading.Lock()
+        self._turned = threading.Condition(self._lock)
+        self._turns = 0
         self._stopping = False
         self._listener = self._listen(0)
         self.port: int = self._listener.getsockname()[1]
@@ -90,7 +92,10 @@ class Relay:
             if refuse:
                 self._listener.close()
             self._reset_all()
-        self._wake()
+            self._wake()
+            # A closed socket lives on while the thread sleeps in select(2) on it: the port would still be open.
+            turns = self._turns
+            assert self._turned.wait_for(lambda: self._turns != turns, 10)
 
     def cut_after(self, down: int) -> None:
         """Reset the connection that carries the ``down``-th byte from now to the initiator, right after that byte."""
@@ -162,6 +167,8 @@ class Relay:
                             self._wake_out.recv(4096)
             with self._lock:
                 self._turn()
+                self._turns += 1
+                self._turned.notify_all()
 
     def _interests(self) -> tuple[selectors.BaseSelector, float | None]:
         selector = selectors.SelectSelector()
