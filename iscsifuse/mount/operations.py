@@ -13,6 +13,8 @@ Invariants:
   size it has.
 * ``getxattr`` is answered with ENOSYS, once, which means "never again". The kernel would otherwise ask for
   security.capability before *every* write(2), at twice the cost of a small write.
+* So is ``flush`` in a mount that is read-only as a whole: no close(2) has anything to wait for or to report there.
+  Nowhere else, for the same answer would then hide what a write-behind has lost.
 """
 
 # ruff: noqa: ARG002 - the signatures are pyfuse3's
@@ -49,6 +51,9 @@ __all__ = ["DiskOperations"]
 
 ATTRIBUTES_LAST = 3600.0
 """Seconds that the kernel may keep names and attributes. A size that changes is told to it."""
+NO_SUCH_NAME_LASTS = 1.0
+"""Seconds that the kernel may remember that there is no such name. Some programs look for a companion of a disk image
+whenever they start (Sleuth Kit: ``<image>-yaffs2.config``)."""
 _BLOCK_SIZE = 4096
 """``st_blksize`` and ``f_bsize``. The same for every disk: the kernel's page cache works with it."""
 _SECTOR = 512
@@ -152,7 +157,10 @@ class DiskOperations(pyfuse3.Operations):
         """A name in a directory."""
         node = self._tree.lookup(parent_inode, name)
         if node is None:
-            raise FUSEError(errno.ENOENT)
+            nothing = EntryAttributes()
+            nothing.st_ino = InodeT(0)
+            nothing.entry_timeout = NO_SUCH_NAME_LASTS
+            return nothing
         return self._attributes(node)
 
     @translated
@@ -277,9 +285,14 @@ class DiskOperations(pyfuse3.Operations):
             raise FUSEError(errno.ENOSPC)
         return written
 
-    @never_enosys
     async def flush(self, fh: FileHandleT) -> None:
         """close(2): wait until everything is written, and tell what failed."""
+        if self._read_only:
+            raise FUSEError(errno.ENOSYS)  # once for the whole mount; see the module
+        await self._flush(fh)
+
+    @never_enosys
+    async def _flush(self, fh: FileHandleT) -> None:
         opened = self._disks.get(fh)
         if opened is not None and opened.writable:
             await opened.file.drain(opened.handle)

@@ -123,7 +123,7 @@ def translated(
     operation: Callable[Concatenate[_S, _P], Coroutine[Any, Any, _R]],
 ) -> Callable[Concatenate[_S, _P], Coroutine[Any, Any, _R]]:
     """Make an operation of a file system raise nothing but FUSEError (see the module)."""
-    name = getattr(operation, "__name__", "operation")
+    name = getattr(operation, "__name__", "operation").lstrip("_")
 
     @functools.wraps(operation)
     async def wrapper(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
