@@ -34,7 +34,7 @@ from iscsifuse.cache.readahead import ReadAhead
 from iscsifuse.cache.settings import CacheSettings, CacheStats
 from iscsifuse.cache.through import WriteThrough
 from iscsifuse.cache.writeback import WriteBack
-from iscsifuse.errors import ParameterDataError
+from iscsifuse.errors import ParameterDataError, WriteBackError
 
 __all__ = ["BlockCache"]
 
@@ -71,7 +71,14 @@ class BlockCache(BlockFile):
         self._extents = self._filler.extents
         self._behind = settings.write_behind
         self._running = False
-        self._write_back = WriteBack(device, pool=pool, settings=settings, geometry=geometry, errors=self._errors)
+        self._write_back = WriteBack(
+            device,
+            pool=pool,
+            settings=settings,
+            geometry=geometry,
+            errors=self._errors,
+            want_flush=self._want_flush,
+        )
         self._through = WriteThrough(filler=self._filler, write_back=self._write_back)
         self._policy = ReadAhead(largest=settings.read_ahead, budget=pool.size // 2, extent=geometry.length)
         self._reads_ahead = settings.read_ahead > 0
@@ -86,6 +93,8 @@ class BlockCache(BlockFile):
         self._keep_strays = settings.keep_strays
         self._visited: dict[int, None] = {}  # extents that aren't cached, where a stray was read; oldest first
         self._aside = trio.Semaphore(_MOST_ASIDE)
+        self._flush_wanted = False
+        self._flush_alarm = trio.Event()
         self._hits = self._misses = self._uncached = 0
         self._uncached_bytes = self._uncached_commands = self._writes = 0
 
@@ -94,10 +103,11 @@ class BlockCache(BlockFile):
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write back and read ahead until cancelled; see ``BlockFile.run``."""
         try:
-            self._pool.join(self._write_back.pressure)
+            self._pool.join(self._write_back.pressure, self._want_flush)
             async with trio.open_nursery() as nursery:
                 self._write_back.start(nursery)
                 self._prefetcher.start(nursery)
+                nursery.start_soon(self._flush_early)
                 self._running = True
                 self._watching = self._reads_ahead
                 task_status.started()
@@ -106,7 +116,7 @@ class BlockCache(BlockFile):
                 finally:
                     self._running = self._watching = False  # From here on writes go through.
         finally:
-            self._pool.leave(self._write_back.pressure)
+            self._pool.leave(self._write_back.pressure, self._want_flush)
             self._prefetcher.stop()
             self._write_back.stop()
 
@@ -119,6 +129,7 @@ class BlockCache(BlockFile):
         """Counters, and the present state."""
         write_back, prefetcher = self._write_back, self._prefetcher
         dirty = sum((extent.dirty | extent.writing).bit_count() for extent in write_back.unclean)
+        unsynced = sum(extent.unsynced.bit_count() for extent in write_back.unsynced.extents)
         valid = sum(extent.valid.bit_count() for extent in self._extents.values())
         return CacheStats(
             hits=self._hits,
@@ -135,6 +146,8 @@ class BlockCache(BlockFile):
             write_back_errors=write_back.failures,
             flushes=self._flushes,
             dirty_bytes=dirty * self._block_length,
+            unsynced_bytes=unsynced * self._block_length,
+            losses=self._losses,
             cached_bytes=valid * self._block_length,
             pool_bytes=self._pool.size,
             evictions=self._pool.evictions,
@@ -142,6 +155,36 @@ class BlockCache(BlockFile):
 
     async def _drain(self) -> None:
         await self._write_back.drain()
+
+    # -- what the disk may lose ---------------------------------------------------------------------------------
+
+    def _lose(self) -> None:
+        unsynced = self._write_back.unsynced
+        if self._running:
+            self._write_back.lose()
+        elif unsynced.extents or unsynced.has_orphans:
+            for _ in unsynced.take():
+                pass
+            self._errors.record(WriteBackError("the disk was reset before it was flushed, when it was too late"))
+
+    def _flush_begins(self) -> None:
+        self._flush_wanted = False
+        self._write_back.flush_begins()
+
+    def _flush_ends(self, *, well: bool) -> None:
+        self._write_back.flush_ends(well=well)
+
+    def _want_flush(self) -> None:
+        if self._write_back.unsynced.extents and not self._flush_wanted:
+            self._flush_wanted = True
+            self._flush_alarm.set()
+
+    async def _flush_early(self) -> None:
+        """Flush whenever memory is short of slots that may be given away."""
+        while True:
+            await self._flush_alarm.wait()
+            self._flush_alarm = trio.Event()
+            await self._flush()
 
     # -- reading ------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,11 @@ class BlockDevice(Protocol):
         """Bytes that the disk takes in one write before more round trips are needed; at least one block."""
         ...
 
+    @property
+    def volatile(self) -> bool:
+        """Whether what was written may be lost with the disk's power until it is flushed."""
+        ...
+
     async def read_into(self, buffer: memoryview, *, lba: int) -> None:
         """Fill the whole buffer from the blocks that begin at ``lba``.
 

@@ -14,6 +14,7 @@ from iscsifuse.cache.device import BlockDevice, EndOfDeviceError
 from iscsifuse.cache.file import BlockFile, Buffer
 from iscsifuse.cache.rangelock import RangeLock, Ticket
 from iscsifuse.cache.settings import CacheStats
+from iscsifuse.errors import WriteBackError
 
 __all__ = ["DirectFile"]
 
@@ -27,6 +28,7 @@ class DirectFile(BlockFile):
         self._waiting: dict[Ticket, trio.Event] = {}
         self._reads = self._read_bytes = self._writes = 0
         self._commands = self._written = self._failures = 0
+        self._unsynced = self._covered = 0  # bytes that no flush has covered; of these, what the present one will
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Nothing is done in the background."""
@@ -69,16 +71,36 @@ class DirectFile(BlockFile):
             else:
                 buffer = memoryview(data)[:length]
             self._commands += 1
+            losses = self._losses
             try:
                 await self._device.write(buffer, lba=first)
             except Exception:
                 self._failures += 1
                 raise
             self._written += len(buffer)
+            if self._device.volatile:
+                self._unsynced += len(buffer)
+                if losses != self._losses:
+                    self._lose()
         return length
 
     def invalidate(self) -> None:
         """Nothing is kept."""
+
+    def _lose(self) -> None:
+        if self._unsynced:
+            lost, self._unsynced, self._covered = self._unsynced, 0, 0
+            self.report(
+                WriteBackError(f"the disk was reset: {lost} bytes that were written and not flushed may be lost")
+            )
+
+    def _flush_begins(self) -> None:
+        self._covered = self._unsynced
+
+    def _flush_ends(self, *, well: bool) -> None:
+        if well:
+            self._unsynced -= self._covered
+        self._covered = 0
 
     def stats(self) -> CacheStats:
         """Counters; everything is a miss."""
@@ -91,6 +113,8 @@ class DirectFile(BlockFile):
             write_back_commands=self._commands,
             write_back_bytes=self._written,
             write_back_errors=self._failures,
+            unsynced_bytes=self._unsynced,
+            losses=self._losses,
             flushes=self._flushes,
         )
 

@@ -8,16 +8,19 @@ valid     the memory holds the block's current content
 dirty     the memory is newer than the device, and nobody is writing it back yet
 writing   a device write reads this memory now: it must not change
 filling   a device read writes into this memory now: nobody else may touch it
+unsynced  the device has accepted this content, or an older one, and no flush has covered it yet (see ``unsynced``)
+flushing  of these, what the flush that is under way covers
 touched   a reader asked for it while it was here (decides about promotion, nothing else)
 ========= ==================================================================================================
 
 Invariants, at every checkpoint:
 
-* ``dirty`` and ``writing`` are subsets of ``valid``; ``dirty & writing == 0``; ``filling & valid == 0``.
+* ``dirty``, ``writing`` and ``unsynced`` are subsets of ``valid``, ``flushing`` is one of ``unsynced``.
+* ``dirty & writing == 0``; ``unsynced & writing == 0``; ``filling & valid == 0``.
 * Only a successful fill or a write that covers the whole block makes a block valid.
 * A bit of ``filling`` or ``writing`` is set by one task, which clears it in every outcome and then wakes ``event``.
-* An extent is evicted only while ``dirty``, ``writing``, ``filling`` and ``pins`` are all 0, so whoever holds one of
-  these may keep using the object across a checkpoint. Anybody else looks it up again.
+* An extent is evicted only while ``dirty``, ``writing``, ``filling``, ``unsynced`` and ``pins`` are all 0, so whoever
+  holds one of these may keep using the object across a checkpoint. Anybody else looks it up again.
 
 The functions are pure; a ``Transfer`` is one device command and the blocks that it is about.
 """
@@ -115,6 +118,7 @@ class Extent:
         "dirty",
         "event",
         "filling",
+        "flushing",
         "full",
         "home",
         "index",
@@ -124,6 +128,7 @@ class Extent:
         "read_end",
         "slot",
         "touched",
+        "unsynced",
         "valid",
         "view",
         "writing",
@@ -139,6 +144,7 @@ class Extent:
         self.view = view
         self.full = full
         self.valid = self.dirty = self.filling = self.writing = self.touched = 0
+        self.unsynced = self.flushing = 0
         self.pins = self.born = self.cursor = self.read_end = self.lost = 0
         self.queue: Any = None  # an OrderedDict[Extent, None] of the pool; compared by identity only
         self.event: trio.Event | None = None

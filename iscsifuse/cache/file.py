@@ -17,6 +17,8 @@ __all__ = ["BlockFile", "Buffer"]
 
 Buffer = memoryview | bytes | bytearray
 
+_MOST_LOSSES = 8
+
 
 class BlockFile(abc.ABC):
     """One LUN as a file of bytes. All methods belong to one trio thread.
@@ -32,6 +34,7 @@ class BlockFile(abc.ABC):
         self._flushes = 0  # started
         self._flushed = 0  # the latest that has ended, well or not
         self._flushing: trio.Event | None = None
+        self._losses = 0
 
     @property
     def size(self) -> int:
@@ -105,6 +108,18 @@ class BlockFile(abc.ABC):
     def invalidate(self) -> None:
         """The medium or its capacity changed: forget everything that was read. Dirty data stays."""
 
+    def lose(self) -> None:
+        """The device may have lost what was written to it and not flushed (power lost, reset).
+
+        What is still in memory is written again; what isn't is an error of the next ``sync``. A plain call, so that
+        it can be made before anything else reaches the device.
+        """
+        self._losses += 1
+        self._lose()
+
+    def _lose(self) -> None:  # noqa: B027 - for who has something to lose
+        """See ``lose``."""
+
     @abc.abstractmethod
     def stats(self) -> CacheStats:
         """Counters, and the present state."""
@@ -138,10 +153,16 @@ class BlockFile(abc.ABC):
         """
         handle = handle or self._errors.open()
         since = self._errors.count
-        await self._drain()
-        self._errors.check(handle, since=since)
-        await self._flush()
-        self._errors.check(handle, since=since)
+        for _ in range(_MOST_LOSSES):
+            losses = self._losses
+            await self._drain()
+            self._errors.check(handle, since=since)
+            await self._flush()
+            self._errors.check(handle, since=since)
+            if losses == self._losses:
+                return
+            # The device lost something meanwhile, perhaps before the flush: that is dirty again.
+        raise WriteBackError("the disk was reset again and again before what it was given could be made durable")
 
     @abc.abstractmethod
     async def _drain(self) -> None:
@@ -159,12 +180,22 @@ class BlockFile(abc.ABC):
                 continue
             done = self._flushing = trio.Event()
             number = self._flushes = self._flushes + 1
+            well = False
+            self._flush_begins()
             try:
                 await self._device.flush()
                 self._flushed = number
+                well = True
             except Exception as error:
                 self._flushed = number
                 self._errors.record(write_back_error(error, what="the disk's write cache could not be flushed"))
             finally:  # Cancelled: not ended; the next in line flushes himself.
+                self._flush_ends(well=well)
                 self._flushing = None
                 done.set()
+
+    def _flush_begins(self) -> None:  # noqa: B027
+        """The device is flushed: what has reached it by now will be covered."""
+
+    def _flush_ends(self, *, well: bool) -> None:  # noqa: B027
+        """That flush has ended, and covers what it should, or not."""

@@ -54,7 +54,7 @@ class Filler:
         """Drop all clean content, and that of the fills in flight."""
         self.generation += 1
         for extent in list(self.extents.values()):
-            extent.valid &= extent.dirty | extent.writing
+            extent.valid &= extent.dirty | extent.writing | extent.unsynced
             extent.touched = 0
             if not extent.valid:
                 self.pool.release(extent)

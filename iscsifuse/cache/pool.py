@@ -16,7 +16,8 @@ probation, then from ahead, then from protected; read-ahead evicts from probatio
 grows old by the clock, which ticks once for each extent made, and becomes probation then.
 
 The queues are lazy: an extent that became dirty stays where it is until eviction comes across it and drops it from
-its queue; ``settle`` puts it back once it is clean. Nothing in here waits, except ``wait_for_room``.
+its queue; ``settle`` puts it back once it is clean, and ``remove_unsynced`` once a flush has covered it. Nothing in
+here waits, except ``wait_for_room``.
 """
 
 import mmap
@@ -50,6 +51,8 @@ class BufferPool:
         evictions: extents thrown out so far.
         unclean: extents with data that isn't on its device yet, of all LUNs.
         most_unclean: how many of these there should be at most: readers need slots, too.
+        unsynced: extents with data that its device may still lose, of all LUNs.
+        most_unsynced: with how many of these the caches begin to flush on their own.
         wanted: set when somebody waits for a slot; see ``notify``.
         aside: bounds the memory beside the arena: large reads past the cache, of all LUNs, under way at once.
     """
@@ -61,8 +64,9 @@ class BufferPool:
         # Private: shared anonymous memory is shmem, whose page faults cost more.
         arena = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(arena)
-        self.evictions = self.unclean = 0
+        self.evictions = self.unclean = self.unsynced = 0
         self.most_unclean = self.slots - max(2, self.slots // 4)
+        self.most_unsynced = max(1, self.slots // 4)
         self.wanted: trio.Event | None = None
         self.aside = trio.Semaphore(_MOST_ASIDE)
         self._owners: list[Extent | None] = [None] * self.slots
@@ -74,14 +78,22 @@ class BufferPool:
         self._most_ahead = self.slots // 2
         self._clock = 0
         self._pressure: list[Callable[[], None]] = []
+        self._flush: list[Callable[[], None]] = []
 
-    def join(self, pressure: Callable[[], None]) -> None:
-        """Register what is called when slots are short: it should get dirty data going."""
+    def join(self, pressure: Callable[[], None], flush: Callable[[], None]) -> None:
+        """Register what is called when slots are short.
+
+        Args:
+            pressure: should get dirty data going.
+            flush: should get a flush going; also called when there is much that is ``unsynced``.
+        """
         self._pressure.append(pressure)
+        self._flush.append(flush)
 
-    def leave(self, pressure: Callable[[], None]) -> None:
+    def leave(self, pressure: Callable[[], None], flush: Callable[[], None]) -> None:
         """Undo ``join``."""
         self._pressure.remove(pressure)
+        self._flush.remove(flush)
 
     # -- allocation ---------------------------------------------------------------------------------------------
 
@@ -134,7 +146,7 @@ class BufferPool:
 
     def release(self, extent: Extent) -> None:
         """Give an extent's slot back at once, if nobody relies on it."""
-        if not (extent.dirty or extent.writing or extent.filling or extent.pins):
+        if not (extent.dirty or extent.writing or extent.filling or extent.unsynced or extent.pins):
             self._unmake(extent)
             self._free[extent.slot] = None
             self.notify()
@@ -150,7 +162,7 @@ class BufferPool:
         if (
             owner.queue is self._probation
             and self._clock - owner.born > self.slots >> 2
-            and not (owner.dirty or owner.writing or owner.filling or owner.pins)
+            and not (owner.dirty or owner.writing or owner.filling or owner.unsynced or owner.pins)
         ):
             self._unmake(owner)
             self.evictions += 1
@@ -161,9 +173,9 @@ class BufferPool:
         for queue in (self._probation,) if ahead else (self._probation, self._ahead, self._protected):
             for _ in range(len(queue)):
                 extent = next(iter(queue))
-                if not (extent.dirty or extent.writing or extent.filling or extent.pins):
+                if not (extent.dirty or extent.writing or extent.filling or extent.unsynced or extent.pins):
                     return extent
-                if extent.dirty or extent.writing:
+                if extent.dirty or extent.writing or extent.unsynced:
                     del queue[extent]
                     extent.queue = None
                 else:
@@ -203,6 +215,19 @@ class BufferPool:
             self._probation[extent] = None
         self.notify()
 
+    def add_unsynced(self) -> None:
+        """One more extent must stay until a flush has covered it."""
+        self.unsynced += 1
+        if self.unsynced >= self.most_unsynced:
+            for flush in self._flush:
+                flush()
+
+    def remove_unsynced(self, extent: Extent) -> None:
+        """An extent needn't stay any longer, as far as flushes are concerned."""
+        self.unsynced -= 1
+        if not (extent.dirty or extent.writing):
+            self.settle(extent)
+
     def _move(self, extent: Extent, queue: _Queue) -> None:
         if extent.queue is not None:
             del extent.queue[extent]
@@ -226,6 +251,6 @@ class BufferPool:
         if self.wanted is None:
             self.wanted = trio.Event()
         event = self.wanted
-        for pressure in self._pressure:
+        for pressure in (*self._pressure, *self._flush):
             pressure()
         await event.wait()

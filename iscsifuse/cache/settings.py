@@ -52,6 +52,9 @@ class CacheStats:
         write_back_errors: of these commands, those that failed.
         flushes: calls of the device's flush.
         dirty_bytes: acknowledged and not yet on the device, now.
+        unsynced_bytes: on the device, and not yet covered by a flush, now: kept to be written again if the device
+            loses it.
+        losses: how often the device may have lost such bytes.
         cached_bytes: valid bytes of this LUN in the pool, now.
         pool_bytes: size of the pool, which all LUNs of a mount share.
         evictions: extents that were thrown out of the pool, all LUNs together.
@@ -71,6 +74,8 @@ class CacheStats:
     write_back_errors: int = 0
     flushes: int = 0
     dirty_bytes: int = 0
+    unsynced_bytes: int = 0
+    losses: int = 0
     cached_bytes: int = 0
     pool_bytes: int = 0
     evictions: int = 0

@@ -65,7 +65,8 @@ class WriteThrough:
                 start = max(0, offset - base - number * length)
                 end = min(length, stop - base - number * length)
                 blocks = geometry.blocks_of(start, end)
-                # Dirty: only while a write-behind cache is being stopped or started; those blocks go, or are written.
+                # Dirty: only while a write-behind cache is being stopped or started, or after the disk has lost
+                # something; those blocks go, or are written.
                 if (extent.filling | extent.writing | extent.dirty) & blocks:
                     break
                 partial = geometry.partial_blocks(start, end) & ~extent.valid
@@ -85,8 +86,7 @@ class WriteThrough:
             extent.view[start:end] = data[position : position + end - start]
             position += end - start
             extent.valid |= blocks
-            extent.writing |= blocks
-            self._write_back.enter(extent)
+            self._write_back.take(extent, blocks)
             first, last = start // geometry.block_length, -(-end // geometry.block_length)
             if not (transfers and transfers[-1].add(geometry, extent, first, last)):
                 transfers.append(Transfer.of(geometry, extent, first, last))

@@ -3,8 +3,9 @@
 An extent's way, seen from here (its blocks' states are in ``extent``)::
 
     clean --first dirty block--> aging --due, full, pressure, drain--> ready --worker takes a run--> writing --> clean
-                                   ^                                                                  |
-                                   +------------------- dirtied again while writing other blocks -----+
+                                   ^                                     ^                            |
+                                   +------- dirtied again while writing other blocks -----------------+
+                                                                         +---- lost by the disk ------+
 
 * *aging* extents wait ``delay`` seconds from their first dirty block for more: a hot block costs one command per
   delay, not one per write. An extent all of whose blocks are dirty goes at once, so a sequential stream is
@@ -18,12 +19,15 @@ Invariants:
 
 * A block that is being written is not dirty, and doesn't change: writers wait. So there is at most one write of a
   block in flight, an old one can't overtake a newer one, and a retransmission sends the same bytes.
-* A block leaves *writing* in one of three ways: written (valid, clean), failed (not valid; the error is recorded),
-  cancelled (dirty again).
+* A block leaves *writing* in one of four ways: written (valid, clean, and *unsynced* where the disk has a volatile
+  cache), failed (not valid; the error is recorded), cancelled (dirty again), written while the disk lost its cache
+  (dirty again: whether before or after, nobody can tell).
 * A barrier holds what was unclean when a drain began, and loses a block when that is written or failed. Blocks that
   are dirtied later are in no older barrier, so a drain ends however busily others write.
 * Every completion wakes the extent's waiters, those who wait for room here, and those who wait for a slot.
 """
+
+from collections.abc import Callable
 
 import trio
 
@@ -33,6 +37,7 @@ from iscsifuse.cache.extent import Extent, Geometry, Transfer, next_run
 from iscsifuse.cache.pacing import Pacer
 from iscsifuse.cache.pool import BufferPool
 from iscsifuse.cache.settings import CacheSettings
+from iscsifuse.cache.unsynced import Unsynced
 from iscsifuse.cache.workers import Workers
 from iscsifuse.errors import WriteBackError
 
@@ -54,6 +59,8 @@ class WriteBack:
 
     Attributes:
         unclean: every extent with dirty or writing blocks.
+        unsynced: what was written, and may still be lost.
+        losses: how often the disk has lost what wasn't flushed.
         limit: how many extents may be unclean before writers wait.
         commands: device writes that were started.
         written: bytes that reached the device.
@@ -68,14 +75,19 @@ class WriteBack:
         settings: CacheSettings,
         geometry: Geometry,
         errors: ErrorSequence,
+        want_flush: Callable[[], None],
     ) -> None:
         self.unclean: dict[Extent, None] = {}
+        self.unsynced = Unsynced(pool)
+        self.losses = 0
         self.limit = max(1, (settings.max_dirty or pool.size // 2) // pool.slot_size)
         self.commands = self.written = self.failures = 0
         self._device = device
         self._pool = pool
         self._geometry = geometry
         self._errors = errors
+        self._want_flush = want_flush
+        self._running = False
         self._delay = settings.write_back_delay
         self._depth = settings.depth
         self._aging: dict[Extent, float] = {}
@@ -90,12 +102,16 @@ class WriteBack:
 
     def start(self, nursery: trio.Nursery) -> None:
         """Write back in this nursery's tasks from now on."""
+        self._running = True
         self._workers.start(nursery)
         nursery.start_soon(self._clock)
 
     def stop(self) -> None:
         """The tasks are gone: what is still dirty is lost, and that is recorded as the error that it is."""
+        self._running = False
         self._workers.stop()
+        for _ in self.unsynced.take():
+            pass  # The disk has it. Whoever wanted more has called ``sync``, and was told.
         lost = 0
         for extent in list(self.unclean):
             blocks = extent.dirty
@@ -117,11 +133,17 @@ class WriteBack:
     def full(self) -> bool:
         """Whether another extent may not become unclean now.
 
-        One unclean extent is granted to every LUN, however much the others have; so a writer who is told to wait
-        always has a write of his own LUN to wait for.
+        What is unsynced counts, too, for it can't be evicted either: a disk whose flushes hang must not take all the
+        memory. One extent is granted to every LUN, however much the others have; so a writer who is told to wait
+        always has a write or a flush of his own LUN to wait for.
         """
-        own = len(self.unclean)
-        return own > 0 and (own >= self.limit or self._pool.unclean >= self._pool.most_unclean)
+        unclean, pool = len(self.unclean), self._pool
+        own = unclean + len(self.unsynced.extents)
+        return own > 0 and (
+            unclean >= self.limit
+            or own >= self.limit + pool.most_unsynced
+            or pool.unclean + pool.unsynced >= pool.most_unclean
+        )
 
     def enter(self, extent: Extent) -> None:
         """An extent gets dirty or writing blocks."""
@@ -149,6 +171,30 @@ class WriteBack:
         if idle:  # Else a worker has been kicked for what stands there, and kicks the next one; or all are busy.
             self._workers.kick()
 
+    def take(self, extent: Extent, blocks: int) -> None:
+        """Some valid blocks are being written from now on."""
+        extent.dirty &= ~blocks
+        extent.writing |= blocks
+        self.enter(extent)
+        self.unsynced.forget(extent, blocks)
+
+    def lose(self) -> None:
+        """The disk may have lost everything that it was given since its last flush: it is dirty again.
+
+        What is being written at this moment is dirty again once that has ended.
+        """
+        self.losses += 1
+        if self.unsynced.has_orphans:
+            self._errors.record(WriteBackError("the disk was reset: blocks whose last write failed may be lost"))
+        for extent, blocks in self.unsynced.take():
+            self._dirty_again(extent, blocks)
+
+    def _dirty_again(self, extent: Extent, blocks: int) -> None:
+        if not extent.dirty:
+            self.first_dirtied(extent)
+        extent.dirty |= blocks
+        self.make_ready(extent)
+
     def pressure(self) -> None:
         """Somebody waits for room. If nothing is on its way yet, send the oldest that wait for more."""
         if not self._ready and not self._workers.busy:
@@ -158,13 +204,14 @@ class WriteBack:
     async def wait_for_room(self) -> None:
         """Wait until it is worth looking again whether it is still ``full``.
 
-        No await lies between the caller's look and the registration. Ends with the next completion of a write, of
-        which at least one is on its way after ``pressure``.
+        No await lies between the caller's look and the registration. Ends with the next completion of a write or of
+        a flush, of which at least one is on its way after ``pressure`` and ``want_flush``.
         """
         if self._room is None:
             self._room = trio.Event()
         room = self._room
         self.pressure()
+        self._want_flush()
         await room.wait()
 
     async def drain(self) -> None:
@@ -193,6 +240,7 @@ class WriteBack:
         Cancellation: the blocks are old or new on the device, and not valid any more.
         """
         written = False
+        losses = self.losses
         try:
             await self._send(transfer)
             written = True
@@ -200,11 +248,11 @@ class WriteBack:
             self.failures += 1
             raise
         finally:
-            self._finish(transfer, written=written)
+            self._finish(transfer, written=written, losses=losses)
 
     def abandon(self, transfer: Transfer) -> None:
         """A write that ``write_through`` was never called for."""
-        self._finish(transfer, written=False)
+        self._finish(transfer, written=False, losses=self.losses)
 
     # -- background ---------------------------------------------------------------------------------------------
 
@@ -253,8 +301,7 @@ class WriteBack:
 
     def _begin(self, extent: Extent, transfer: Transfer) -> None:
         blocks = transfer.parts[-1][1]
-        extent.dirty &= ~blocks
-        extent.writing |= blocks
+        self.take(extent, blocks)
         extent.cursor = blocks.bit_length() % self._geometry.blocks
         if not extent.dirty:
             self._ready.pop(extent, None)
@@ -262,6 +309,7 @@ class WriteBack:
     async def _write_back(self, transfer: Transfer) -> None:
         size = transfer.end - transfer.begin
         well = False
+        losses = self.losses
         begun = self._pacer.begin(size)
         try:
             try:
@@ -274,7 +322,7 @@ class WriteBack:
             last = transfer.lba + (transfer.end - transfer.begin) // self._geometry.block_length - 1
             what = f"a buffered write of LBA {transfer.lba} to {last} did not reach the disk"
             self._errors.record(write_back_error(error, what=what))
-            self._finish(transfer, written=False)
+            self._finish(transfer, written=False, losses=losses)
         except BaseException:
             for extent, blocks in transfer.parts:
                 extent.writing &= ~blocks
@@ -284,22 +332,44 @@ class WriteBack:
                 extent.wake()
             raise
         else:
-            self._finish(transfer, written=True)
+            self._finish(transfer, written=True, losses=losses)
 
     async def _send(self, transfer: Transfer) -> None:
         self.commands += 1
         await self._device.write(self._pool.view[transfer.begin : transfer.end], lba=transfer.lba)
         self.written += transfer.end - transfer.begin
 
-    def _finish(self, transfer: Transfer, *, written: bool) -> None:
+    def _finish(self, transfer: Transfer, *, written: bool, losses: int) -> None:
+        """A write has ended that began when there had been so many losses."""
+        volatile = written and self._device.volatile
+        lost = volatile and losses != self.losses
         for extent, blocks in transfer.parts:
-            self._settle(extent, blocks, written=written)
+            if lost and self._running:
+                extent.writing &= ~blocks
+                self._dirty_again(extent, blocks)
+                extent.wake()
+            else:
+                if volatile and not lost:
+                    self.unsynced.add(extent, blocks)
+                self._settle(extent, blocks, written=written)
+        if lost and not self._running:
+            self._errors.record(WriteBackError("the disk was reset while it was written to, when it was too late"))
+        self._wake()
+
+    def flush_begins(self) -> None:
+        """The disk is being flushed: what has been written by now is covered if that succeeds."""
+        self.unsynced.begin()
+
+    def flush_ends(self, *, well: bool) -> None:
+        """That flush has ended."""
+        self.unsynced.end(well=well, give_up=self._room is not None or self._pool.wanted is not None)
         self._wake()
 
     def _settle(self, extent: Extent, blocks: int, *, written: bool) -> None:
         """Some blocks aren't being written any more; one that failed has lost its content."""
         extent.writing &= ~blocks
         if not written:
+            self.unsynced.orphans |= self._device.volatile
             extent.valid &= ~blocks
             extent.touched &= ~blocks
         if not extent.dirty and not extent.writing:

@@ -124,6 +124,7 @@ def _cache(cache: Document) -> str:
             "size": _size(cache, "size"),
             "used": _size(cache, "used"),
             "not yet written": _size(cache, "dirty"),
+            "not yet flushed": _size(cache, "unsynced"),
             "read hits, misses": f"{_word(cache, 'hits')}, {_word(cache, 'misses')}",
             "read ahead": f"{_size(cache, 'read_ahead_bytes')}, commands: {_word(cache, 'read_ahead_commands')}",
             "written back": f"{_size(cache, 'write_back_bytes')}, commands: {_word(cache, 'write_back_commands')}",

@@ -12,8 +12,14 @@ to be replayed. Who it is is asked too when the target says that the list of uni
 **Capacity.** A disk may grow or shrink while it is mounted; the target says so (UNIT ATTENTION 2Ah/09h), the capacity
 is read again, and ``on_change`` is called.
 
+**Power.** A disk with a volatile cache loses what was written and not flushed when it is reset or loses its power,
+and says so (UNIT ATTENTION 29h), mostly to the first command of a new session. ``on_loss`` is called then, before any
+other command is let through, so that what was lost can be written again before anybody reads it. It is called when
+the status arrives (`Nexus.watch`): a flush that ended well a moment later must not be believed by somebody who is
+awake earlier.
+
 **Deferred errors.** A target that finds out after its GOOD status that a write failed says so with some later
-command. That one is tried again; the next `flush` fails.
+command. That one is tried again; the next `flush` fails, also one that is under way.
 
 Source: SBC-3 §5.8-5.20, SPC-4 §7.8.
 """
@@ -38,8 +44,9 @@ from iscsifuse.initiator.commander import Commander, Executor
 from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.inventory import LunDescription, examine_capacity, examine_identity
 from iscsifuse.initiator.nexus import Nexus, Started
-from iscsifuse.initiator.policy import Change
+from iscsifuse.initiator.policy import Change, judge
 from iscsifuse.initiator.session import Session
+from iscsifuse.iscsi.tasks import Task
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi.capacity import Capacity
 from iscsifuse.scsi.designator import Association, Designator
@@ -70,6 +77,7 @@ class LogicalUnit:
         block_length: bytes of a logical block.
         block_count: how many it has now.
         on_change: called after the capacity or the medium changed.
+        on_loss: called when what was written and not flushed may be lost; must not wait.
     """
 
     def __init__(self, nexus: Nexus, description: LunDescription) -> None:
@@ -80,6 +88,7 @@ class LogicalUnit:
         self.block_length = description.capacity.block_length
         self.block_count = description.capacity.blocks
         self.on_change: Callable[[], None] | None = None
+        self.on_loss: Callable[[], None] | None = None
         self._nexus = nexus
         self._address = description.address
         self._is_another = False
@@ -90,6 +99,7 @@ class LogicalUnit:
         self._refreshing = False
         self._capacity_is_old = False
         self._commander = self._make_commander(nexus)
+        nexus.watch(self._address, self._note_trouble)
         nexus.add_guard(self._prove)
 
     @property
@@ -101,6 +111,11 @@ class LogicalUnit:
     def write_burst(self) -> int:
         """Bytes of a write that go on one R2T (MaxBurstLength); see ``BlockDevice``. Source: RFC 7143 §13.13."""
         return max(LEAST_BURST, self._nexus.negotiated.max_burst_length)
+
+    @property
+    def volatile(self) -> bool:
+        """Whether what was written may be lost until `flush`. Source: SBC-3 §6.4.5 (WCE)."""
+        return self._has_volatile_cache
 
     async def read_into(self, buffer: memoryview, *, lba: int) -> None:
         """Read whole blocks.
@@ -235,12 +250,20 @@ class LogicalUnit:
             on_change=self._on_change if notice else None,
         )
 
-    async def _on_change(self, change: Change) -> None:
-        """The target reported something while a command was tried."""
+    def _note_trouble(self, task: Task) -> None:
+        """A status that isn't GOOD has just arrived: does it say that something is lost?"""
+        change = judge(task.status, task.sense, what="").change
         if change & Change.DEFERRED:
             sentence = f"{self.label}: the target failed a write after it had accepted it"
             log.error("%s", sentence)
             self._deferred = WriteBackError(sentence)
+        if change & Change.RESET and self.on_loss is not None:
+            if self._has_volatile_cache:
+                log.info("%s was reset: what it was given since its last flush is written again", self.label)
+            self.on_loss()
+
+    async def _on_change(self, change: Change) -> None:
+        """The target reported something while a command was tried. For RESET and DEFERRED see `_note_trouble`."""
         if change & (Change.MEDIUM | Change.INVENTORY):
             await self._nexus.prove_again(partial(self._prove, may_resize=True))
         if change & Change.MEDIUM and self.on_change is not None:
@@ -283,6 +306,8 @@ class LogicalUnit:
         self._nexus.bar(self.description.address, IdentityError(sentence))
         if self.on_change is not None:
             self.on_change()
+        if self.on_loss is not None:
+            self.on_loss()  # To fail in the open, instead of being served for ever from memory.
 
     async def _prove(self, session: Session, *, may_resize: bool = False) -> bool:
         """Is this the same disk? See the head of this file.

@@ -64,6 +64,7 @@ ASK_AGAIN_AFTER = 5.0
 
 Guard = Callable[[Session], Awaitable[bool]]
 Started = tuple[Session, Task]
+Watcher = Callable[[Task], None]
 """A command that is on its way, and the session that carries it."""
 
 
@@ -106,7 +107,9 @@ class Nexus:
         self._isid = isid
         self._guards: list[Guard] = []
         self._barred: dict[bytes, IscsifuseError] = {}
+        self._watchers: dict[bytes, Watcher] = {}
         self._session = Session(login, settings, statistics)
+        self._session.on_trouble = self._note_trouble
         self._changed = trio.Event()  # replaced at each change of state
         self._since = time.time()
         self._give_up_at = 0.0  # on trio's clock; meaningful while LOST
@@ -124,6 +127,19 @@ class Nexus:
     def negotiated(self) -> NegotiatedParameters:
         """What the current (or last) login agreed on."""
         return self._session.connection.parameters
+
+    def watch(self, lun: bytes, watcher: Watcher) -> None:
+        """Have a plain function called for each command of a logical unit whose status isn't GOOD, as it arrives.
+
+        Whoever waits for these commands, or for others that ended with them, goes on later, and in any order. So this
+        is for what they must not overtake: that the disk has lost something.
+        """
+        self._watchers[lun] = watcher
+
+    def _note_trouble(self, task: Task) -> None:
+        watcher = self._watchers.get(task.lun)
+        if watcher is not None:
+            watcher(task)
 
     def add_guard(self, guard: Guard) -> None:
         """Have a coroutine called on each new session before commands flow again.
@@ -351,6 +367,7 @@ class Nexus:
     async def _resume(self, nursery: trio.Nursery, login: LoggedIn) -> bool:
         """Prove the disks on a new session, then let commands flow; whether it worked."""
         session = Session(login, self.settings, self.statistics)
+        session.on_trouble = self._note_trouble
         nursery.start_soon(session.run)
         unsettled: list[Guard] = []
 

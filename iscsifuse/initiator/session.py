@@ -17,6 +17,7 @@ Source: RFC 7143 §4.2, §7, §11.5, §11.9, §11.18.
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -85,6 +86,8 @@ class Session:
         transport: the bytes.
         error: why it ended; None while it lives.
         time2wait: seconds to wait before the next login, as the target asked.
+        on_trouble: called for each command that ends with a status that isn't GOOD, in the order in which these
+            arrive, before anybody who waits for one of them goes on. A plain call.
     """
 
     def __init__(self, login: LoggedIn, settings: SessionSettings, statistics: CommandStatistics) -> None:
@@ -100,6 +103,7 @@ class Session:
         self.tsih = result.tsih
         self.error: IscsifuseError | None = None
         self.time2wait: float = result.parameters.default_time2wait
+        self.on_trouble: Callable[[Task], None] | None = None
         self._settings = settings
         self._read_only = settings.read_only
         self._statistics = statistics
@@ -503,6 +507,8 @@ class Session:
                 task.received or task.solicited,
                 error=task.status != _GOOD or task.error is not None,
             )
+            if task.status and self.on_trouble is not None:
+                self.on_trouble(task)
         self._loop.under_way -= 1
         waiter, task.waiter = task.waiter, None
         if waiter is not None:

@@ -226,6 +226,7 @@ class _Assembler:
                 self.assembly.on_change(disk)
 
         unit.on_change = changed
+        unit.on_loss = file.lose
 
     async def _choose(self, nexus: Nexus, target: _Target) -> list[LunDescription]:
         """The LUNs of a target that are to be mounted.

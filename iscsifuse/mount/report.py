@@ -24,7 +24,13 @@ SCHEMA = 1
 
 _SHARED = frozenset({"pool_bytes", "evictions"})
 """Counters of the pool, which every LUN tells alike."""
-_CACHE_NAMES = {"pool_bytes": "size", "cached_bytes": "used", "dirty_bytes": "dirty"}
+_CACHE_NAMES = {
+    "pool_bytes": "size",
+    "cached_bytes": "used",
+    "dirty_bytes": "dirty",
+    "unsynced_bytes": "unsynced",
+    "losses": "disk_resets",
+}
 
 
 class SessionReporter(Protocol):

@@ -15,16 +15,21 @@ def check_invariants(cache: BlockCache, pool: BufferPool) -> None:
         assert not extent.writing & ~extent.valid, "writing, but not valid"
         assert not extent.dirty & extent.writing, "dirty and writing"
         assert not extent.filling & extent.valid, "filling and valid"
+        assert not extent.unsynced & ~extent.valid, "unsynced, but not valid"
+        assert not extent.unsynced & extent.writing, "unsynced and writing"
+        assert not extent.flushing & ~extent.unsynced, "covered by a flush, but not unsynced"
+        assert (extent in write_back.unsynced.extents) == bool(extent.unsynced)
         assert not (extent.valid | extent.filling) & ~extent.full or extent.full.bit_count() < cache._geometry.blocks
         assert extent.pins >= 0
         busy = bool(extent.dirty or extent.writing)
         assert (extent in write_back.unclean) == busy
         assert (extent in write_back._aging or extent in write_back._ready) == bool(extent.dirty)
         assert not (extent in write_back._aging and extent in write_back._ready)
-        assert extent.queue is not None or busy, "an extent that nobody could ever evict"
+        assert extent.queue is not None or busy or extent.unsynced, "an extent that nobody could ever evict"
         assert extent.queue is None or extent in extent.queue
         unclean += busy
-    assert unclean == len(write_back.unclean) <= max(write_back.limit, 1) or not cache._behind
+    assert unclean == len(write_back.unclean)
+    assert unclean <= max(write_back.limit, 1) or not cache._behind or write_back.losses
     check_pool(pool)
 
 

@@ -34,6 +34,9 @@ class FakeDevice:
     gate: called for each command, awaited before it is executed.
     fault: called for each command at its end; what it returns is raised. A failing write may have written a part.
     bad: blocks that can't be read.
+    volatile: it has a cache; `stable` is what a power cut leaves: the medium as it was when the last successful
+        flush began.
+    eager: writes are executed at once, and only their status takes its time.
     """
 
     block_length: int = 512
@@ -47,12 +50,22 @@ class FakeDevice:
     bad: set[int] = field(default_factory=set)
     in_flight: list[Command] = field(default_factory=list)
     most_in_flight: int = 0
+    volatile: bool = False
+    eager: bool = False
+    stable: bytes = b""
+    cuts: int = 0
 
     def __post_init__(self) -> None:
         if not self.data:
             pattern = bytes((i * 31 + (i >> 8) * 7) & 0xFF for i in range(65536))
             size = self.block_length * self.block_count
             self.data = bytearray((pattern * (size // len(pattern) + 1))[:size])
+        self.stable = bytes(self.data)
+
+    def cut_power(self) -> None:
+        """And give it back."""
+        self.cuts += 1
+        self.data[:] = self.stable
 
     def commands(self, kind: str) -> list[Command]:
         return [command for command in self.log if command.kind == kind]
@@ -108,7 +121,7 @@ class FakeDevice:
         if lba + command.blocks > self.block_count:
             raise bad_block(self.block_count)
         start = lba * self.block_length
-        half = command.blocks // 2 * self.block_length
+        half = len(buffer) if self.eager else command.blocks // 2 * self.block_length
         before = bytes(buffer)
         with self._running(command):
             # The first half of the blocks arrives early, the second one late: a failure is a torn write.
@@ -116,16 +129,20 @@ class FakeDevice:
             await self._wait(command)
             assert bytes(buffer) == before, "a buffer changed under its write"
             self._check(command)
-            self.data[start : start + len(buffer)] = buffer
+            if not self.eager:
+                self.data[start : start + len(buffer)] = buffer
 
     async def flush(self) -> None:
         command = Command("flush")
         with self._running(command):
+            covered, cuts = bytes(self.data), self.cuts
             await self._wait(command)
             if self.fault is not None:
                 error = self.fault(command)
                 if error is not None:
                     raise error
+            if self.cuts == cuts:
+                self.stable = covered
 
 
 class Gate:

@@ -202,11 +202,17 @@ async def test_waiting_for_room_calls_for_it() -> None:
         owner.home[2].pins = 0
         owner.pool.notify()
 
-    owner.pool.join(pressure)
+    flushes: list[int] = []
+
+    def flush() -> None:
+        flushes.append(1)
+
+    owner.pool.join(pressure, flush)
     with trio.fail_after(1):
         await owner.pool.wait_for_room()
     assert owner.get(9) is not None
-    owner.pool.leave(pressure)
+    assert flushes == [1]
+    owner.pool.leave(pressure, flush)
     owner.pool.notify()
 
 

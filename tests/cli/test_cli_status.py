@@ -46,7 +46,15 @@ DOCUMENT: dict[str, Any] = {
             "cache": {"hits": 10, "misses": 2, "cached_bytes": 1048576, "dirty_bytes": 0, "write_back_errors": 1},
         }
     ],
-    "cache": {"size": 67108864, "used": 1048576, "dirty": 512, "hits": 10, "misses": 2, "evictions": 0},
+    "cache": {
+        "size": 67108864,
+        "used": 1048576,
+        "dirty": 512,
+        "unsynced": 4096,
+        "hits": 10,
+        "misses": 2,
+        "evictions": 0,
+    },
     "commands": [
         {
             "name": "READ(10)",
@@ -85,7 +93,7 @@ def test_words() -> None:
             "FILE       SIZE  ACCESS      READ HITS  READ MISSES   CACHED  DIRTY  WRITE ERRORS\n"
             "lun-1  64.0 MiB  read-write         10            2  1.0 MiB    0 B             1\n"
         ),
-        "  not yet written    512 B\n",
+        "  not yet written    512 B\n  not yet flushed    4.0 KiB\n",
         (
             "COMMAND   CALLS  ERRORS  LOST    BYTES     MIN      AVG     MAX\n"
             "READ(10)  12345       0     1  1.0 GiB  180 µs  2.10 ms  1.50 s\n"

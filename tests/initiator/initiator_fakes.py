@@ -92,6 +92,7 @@ class FakeExecutor:
         self.cdbs: list[bytes] = []
         self.times: list[float] = []
         self.seconds = 0.0
+        self.watchers: dict[bytes, Callable[[Task], None]] = {}
 
     def _next(self, lun: bytes, cdb: bytes) -> Answer:
         if callable(self._answers):
@@ -125,6 +126,8 @@ class FakeExecutor:
             task.solicited = len(buffer_out) - answer.short
         task.sense = answer.sense
         task.finish(status=answer.status, residual=0, underflow=False, overflow=False)
+        if answer.status and lun in self.watchers:
+            self.watchers[lun](task)
         if task.error is not None:
             raise task.error
         return task
@@ -153,6 +156,9 @@ class FakeNexus(FakeExecutor):
 
     def start(self, cdb: bytes, *, lun: bytes, **buffers: object) -> None:
         """Nothing is started beforehand: everything goes the general way, by `execute`."""
+
+    def watch(self, lun: bytes, watcher: Callable[[Task], None]) -> None:
+        self.watchers[lun] = watcher
 
     def add_guard(self, guard: Callable[[Any], Awaitable[bool]]) -> None:
         self.guards.append(guard)

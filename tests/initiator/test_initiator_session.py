@@ -850,3 +850,17 @@ async def test_session_reads_and_writes_in_disorder_are_right(caplog: pytest.Log
             assert isinstance(result, Task)
             assert result.status == Status.GOOD
     assert disk.contents() == expected
+
+
+async def test_session_tells_of_trouble_before_anybody_who_waits_goes_on() -> None:
+    """Two statuses arrive together: who waits for the second one may be awake first, and would overtake the first."""
+    async with serving(config_of(Disk.from_bytes(bytes(4096)))) as target, open_session(target) as session:
+        troubles: list[Task] = []
+        session.on_trouble = troubles.append
+        failing, well = (session.start(cdbs.test_unit_ready(), lun=LUN_0) for _ in range(2))
+        failing.finish(status=Status.CHECK_CONDITION, residual=0, underflow=False, overflow=False)
+        well.finish(status=Status.GOOD, residual=0, underflow=False, overflow=False)
+        session._handle([failing, well])
+        assert troubles == [failing]
+        for task in (failing, well):
+            del session.connection.tasks[task.itt]  # the target's own answers belong to nobody now

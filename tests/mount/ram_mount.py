@@ -38,6 +38,7 @@ class RamDisk:
         self.block_length = block_length
         self.block_count = blocks
         self.write_burst = 1 << 18
+        self.volatile = False
         self.data = bytearray(blocks * block_length)
         self.statistics = CommandStatistics()
         self._control = control

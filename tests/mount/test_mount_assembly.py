@@ -65,7 +65,9 @@ class Unit:
         self.label = f"LUN {description.lun} of {nexus.target_name}"
         self.block_length = description.block_length
         self.block_count = 8
+        self.volatile = True
         self.on_change: Callable[[], None] | None = None
+        self.on_loss: Callable[[], None] | None = None
         nexus.units.append(self)
 
     async def read_into(self, buffer: memoryview, *, lba: int) -> None:

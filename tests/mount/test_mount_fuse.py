@@ -25,7 +25,7 @@ MIB = 1 << 20
 BLOCKS = 32768  # of 512 bytes: 16 MiB
 
 
-def wait_for(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout: float = 30.0) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
