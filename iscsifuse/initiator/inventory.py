@@ -38,6 +38,8 @@ __all__ = ["LunDescription", "examine_capacity", "examine_identity", "scan"]
 log = logging.getLogger(__name__)
 
 _INQUIRY_LENGTH = 255
+_SHORTEST_INQUIRY = 36
+"""Bytes. Source: SPC-4 §6.6.2."""
 _VPD_LENGTH = 4096
 _LUNS_LENGTH = 8192
 _MODE_LENGTH = 192
@@ -108,12 +110,15 @@ class LunDescription:
         return self.capacity.block_length if self.capacity is not None else 0
 
 
-async def scan(nexus: Nexus, *, only: Collection[int] | None = None) -> list[LunDescription]:
+async def scan(
+    nexus: Nexus, *, only: Collection[int] | None = None, without: Collection[int] = ()
+) -> list[LunDescription]:
     """Describe the logical units of a target.
 
     Args:
         nexus: a session with it.
         only: just these numbers, or None for all.
+        without: not these, which are known.
 
     Returns:
         Units in ascending order, disks and others. Units that are not connected (peripheral qualifier not 0) are left
@@ -126,8 +131,9 @@ async def scan(nexus: Nexus, *, only: Collection[int] | None = None) -> list[Lun
     wanted: dict[int, luns.LunAddress] = {}
     for address in await _report_luns(nexus):
         number = address.number
-        if number is not None and not address.well_known and (only is None or number in only):
-            wanted.setdefault(number, address)
+        if number is None or address.well_known or number in without or (only is not None and number not in only):
+            continue
+        wanted.setdefault(number, address)
     found: list[LunDescription] = []
     limiter = trio.CapacityLimiter(_AT_ONCE)
 
@@ -184,6 +190,8 @@ async def _examine(nexus: Nexus, address: luns.LunAddress, number: int) -> LunDe
     base = LunDescription(lun=number, address=address.raw, inquiry=inquiry)
     if not inquiry.is_disk:
         return base
+    if len(data) < _SHORTEST_INQUIRY:
+        return replace(base, problem=f"its INQUIRY data ends after {len(data)} bytes: it doesn't say what it is")
     try:
         return await _examine_disk(commander, await _examine_pages(commander, base))
     except SessionLostError:

@@ -6,11 +6,13 @@ by `Commander`; here is what only the unit knows: its size, whether it has a vol
 **Identity.** When a session was re-established, the unit is examined again before any command is let through. If its
 designators, its serial number, its block length or its capacity differ, another disk answers in its place: every
 command fails from then on, and stays failed, since a write to the wrong disk can't be taken back. A unit that can't
-be examined fails until it proves itself. The nexus holds the commands back (`Nexus.bar`), also those that wait in it
-to be replayed. Who it is is asked too when the target says that the list of units or the medium changed.
+be examined yet is waited for like a session (``reconnect_timeout``), then its commands fail until it proves itself.
+The nexus holds the commands back (`Nexus.bar`), also those that wait in it to be replayed. Who it is is asked too
+when the target says that the list of units or the medium changed; a unit that isn't there any more then fails at
+once, until it is back.
 
 **Capacity.** A disk may grow or shrink while it is mounted; the target says so (UNIT ATTENTION 2Ah/09h), the capacity
-is read again, and ``on_change`` is called.
+is read again, and ``on_change`` is called. Who does nothing hears nothing, so `look` asks now and then.
 
 **Power.** A disk with a volatile cache loses what was written and not flushed when it is reset or loses its power,
 and says so (UNIT ATTENTION 29h), mostly to the first command of a new session. ``on_loss`` is called then, before any
@@ -25,6 +27,7 @@ Source: SBC-3 §5.8-5.20, SPC-4 §7.8.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -41,6 +44,7 @@ from iscsifuse.errors import (
     WriteBackError,
 )
 from iscsifuse.initiator.commander import Commander, Executor
+from iscsifuse.initiator.depth import QueueDepth
 from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.inventory import LunDescription, examine_capacity, examine_identity
 from iscsifuse.initiator.nexus import Nexus, Started
@@ -60,7 +64,10 @@ MAX_TRANSFER = 1 << 20
 """Bytes in one command at most. More would only hold up its neighbours: throughput comes from commands in flight."""
 LEAST_BURST = 128 << 10
 """Bytes in a write, where the target's bursts are so short that one command for each would be worse."""
+PROOF_PATIENCE = 2.0
+"""Seconds that a unit has to become ready after a new login: other disks wait for it. It is asked again later."""
 _INVALID_OPCODE = 0x20
+_NOT_SUPPORTED = 0x25
 _GOOD = 0x00
 
 
@@ -73,11 +80,13 @@ class LogicalUnit:
 
     Attributes:
         lun: its number.
+        label: name for messages: LUN 1 of iqn...
         description: as it was found.
         block_length: bytes of a logical block.
         block_count: how many it has now.
-        on_change: called after the capacity or the medium changed.
+        on_change: called after the capacity or the medium changed, and when the unit is gone.
         on_loss: called when what was written and not flushed may be lost; must not wait.
+        on_inventory: called after the target said that its list of units changed.
     """
 
     def __init__(self, nexus: Nexus, description: LunDescription) -> None:
@@ -87,25 +96,26 @@ class LogicalUnit:
         self.description = description
         self.block_length = description.capacity.block_length
         self.block_count = description.capacity.blocks
+        self.label = f"LUN {description.lun} of {nexus.target_name}"
         self.on_change: Callable[[], None] | None = None
         self.on_loss: Callable[[], None] | None = None
+        self.on_inventory: Callable[[], None] | None = None
         self._nexus = nexus
         self._address = description.address
         self._is_another = False
         self._unproven = ""  # why it can't be told whether it is
+        self._proofs = 0  # of those that news asked for, how many have begun
+        self._proof: trio.Event | None = None  # the end of the one that is under way
+        self._examining = False  # held back until a proof tells more
         self._deferred: WriteBackError | None = None
         self._max_blocks = self._largest_transfer()
         self._has_volatile_cache = description.caching is None or description.caching.wce
         self._refreshing = False
         self._capacity_is_old = False
-        self._commander = self._make_commander(nexus)
+        self._queue = QueueDepth(nexus, label=self.label, patience=nexus.settings.timeout)
+        self._commander = self._make_commander(self._queue)
         nexus.watch(self._address, self._note_trouble)
         nexus.add_guard(self._prove)
-
-    @property
-    def label(self) -> str:
-        """Name for messages: LUN 1 of iqn..."""
-        return self._commander.label
 
     @property
     def write_burst(self) -> int:
@@ -136,12 +146,19 @@ class LogicalUnit:
         if blocks <= self._max_blocks:
             # The usual case in few steps: one plain call, one sleep. `Commander` is for all others.
             cdb = cdbs.read(lba=lba, blocks=blocks)
-            started = self._nexus.start(cdb, lun=self._address, buffer_in=buffer, exact=True)
+            started = None
+            queue = self._queue
+            if not queue.limited:
+                started = self._nexus.start(cdb, lun=self._address, buffer_in=buffer, exact=True)
             if started is not None:
                 session, task = started
+                queue.under_way += 1
                 await session.until_done(task)
                 if task.status == _GOOD and task.error is None:
+                    queue.left()
                     return
+                queue.note(task)
+                queue.left()
             await self._carry_on(cdb, started, lba=lba, buffer_in=buffer)
             return
         step = self._max_blocks
@@ -168,12 +185,19 @@ class LogicalUnit:
         blocks = len(buffer) // length
         if blocks <= self._max_blocks:
             cdb = cdbs.write(lba=lba, blocks=blocks, fua=fua and self.description.dpofua)
-            started = self._nexus.start(cdb, lun=self._address, buffer_out=buffer, exact=True)
+            started = None
+            queue = self._queue
+            if not queue.limited:
+                started = self._nexus.start(cdb, lun=self._address, buffer_out=buffer, exact=True)
             if started is not None:
                 session, task = started
+                queue.under_way += 1
                 await session.until_done(task)
                 if task.status == _GOOD and task.error is None:
+                    queue.left()
                     return
+                queue.note(task)
+                queue.left()
             await self._carry_on(cdb, started, lba=lba, buffer_out=buffer)
             return
         step = self._max_blocks
@@ -197,6 +221,18 @@ class LogicalUnit:
         deferred, self._deferred = self._deferred, None
         if deferred is not None:
             raise deferred
+
+    async def look(self) -> None:
+        """Let the target tell what it has to tell: a unit that nobody uses doesn't learn that it has changed.
+
+        Fails in silence: what is wrong with the unit is for those who use it.
+        """
+        if self._is_another or self._unproven:
+            return  # there is no question, or it is being asked
+        try:
+            await self._make_commander(self._nexus, limit=0.0, may_start=False).run(cdbs.test_unit_ready())
+        except IscsifuseError as error:
+            log.debug("%s", error)
 
     async def _synchronize(self) -> None:
         try:
@@ -240,13 +276,15 @@ class LogicalUnit:
 
     # -- changes ---------------------------------------------------------------------------------------------------
 
-    def _make_commander(self, executor: Executor, *, notice: bool = True) -> Commander:
+    def _make_commander(
+        self, executor: Executor, *, notice: bool = True, limit: float | None = None, may_start: bool = True
+    ) -> Commander:
         return Commander(
             executor,
             address=self.description.address,
-            label=f"LUN {self.lun} of {self._nexus.target_name}",
-            limit=self._nexus.settings.timeout,
-            may_start=not self._nexus.settings.read_only,
+            label=self.label,
+            limit=self._nexus.settings.timeout if limit is None else limit,
+            may_start=may_start and not self._nexus.settings.read_only,
             on_change=self._on_change if notice else None,
         )
 
@@ -265,7 +303,9 @@ class LogicalUnit:
     async def _on_change(self, change: Change) -> None:
         """The target reported something while a command was tried. For RESET and DEFERRED see `_note_trouble`."""
         if change & (Change.MEDIUM | Change.INVENTORY):
-            await self._nexus.prove_again(partial(self._prove, may_resize=True))
+            await self._prove_anew()
+        if change & Change.INVENTORY and self.on_inventory is not None:
+            self.on_inventory()
         if change & Change.MEDIUM and self.on_change is not None:
             self.on_change()
         if change & Change.CAPACITY:
@@ -280,6 +320,33 @@ class LogicalUnit:
                         await self._refresh_capacity()
                 finally:
                     self._refreshing = False
+
+    async def _prove_anew(self) -> None:
+        """Who is it that answers now? Nothing is sent to it until that is known, or it is known that it can't be.
+
+        Many commands may meet the same news: a proof that begins after one has heard of it is good enough for it.
+        """
+        wanted = self._proofs + 1
+        while self._proofs < wanted or self._proof is not None:
+            if self._proof is not None:
+                await self._proof.wait()
+                continue
+            if self._is_another or self._unproven:
+                return  # it is held back anyway
+            # Invariant: nothing is awaited between the look at _proof and here.
+            proof = self._proof = trio.Event()
+            self._proofs += 1
+            self._examining = True
+            why = SessionLostError(f"{self.label} is being examined")
+            self._nexus.bar(self.description.address, why, until=math.inf)
+            # Its own task: whoever began it may be cancelled, and others wait for its end.
+            self._nexus.prove_soon(partial(self._prove, may_resize=True), then=partial(self._end_proof, proof))
+
+    def _end_proof(self, proof: trio.Event) -> None:
+        if self._examining:
+            self._unbar()  # the session was lost under it; the next one's guards come before any command
+        self._proof = None
+        proof.set()
 
     async def _refresh_capacity(self) -> None:
         commander = self._make_commander(self._nexus, notice=False)
@@ -302,6 +369,7 @@ class LogicalUnit:
     def _fail(self, sentence: str) -> None:
         """No command from now on, and nothing of what is cached counts."""
         log.error("%s", sentence)
+        self._examining = False
         self._is_another = True
         self._nexus.bar(self.description.address, IdentityError(sentence))
         if self.on_change is not None:
@@ -321,7 +389,8 @@ class LogicalUnit:
         """
         if self._is_another:
             return True
-        commander = self._make_commander(session, notice=False)
+        wait = not may_resize
+        commander = self._make_commander(session, notice=False, limit=PROOF_PATIENCE if wait else None)
         try:
             await commander.run(cdbs.test_unit_ready())
             serial, designators, _ = await examine_identity(commander)
@@ -329,10 +398,12 @@ class LogicalUnit:
         except SessionLostError:
             raise
         except IscsifuseError as error:
-            return self._cant_tell(f"{self.label} can't be examined any more: {error}")
+            gone = isinstance(error, CommandError) and error.asc == _NOT_SUPPORTED
+            what = "isn't there any more" if gone else "can't be examined any more"
+            return self._cant_tell(f"{self.label} {what}: {error}", wait=wait)
         known = self.description
         if (serial is None and known.serial is not None) or (known.designators and not designators):
-            return self._cant_tell(f"{self.label} doesn't say any more who it is")
+            return self._cant_tell(f"{self.label} doesn't say any more who it is", wait=wait)
         if (serial, _of_unit(designators)) != (known.serial, _of_unit(known.designators)):
             self._fail(f"another disk answers where {self.label} was: its identity is not the one that was mounted")
         elif (capacity.block_length, capacity.blocks) == (self.block_length, self.block_count):
@@ -348,15 +419,23 @@ class LogicalUnit:
         return True
 
     def _unbar(self) -> None:
+        if self._unproven:
+            log.warning("%s is there again", self.label)
         self._unproven = ""
+        self._examining = False
         self._nexus.bar(self.description.address, None)
 
-    def _cant_tell(self, sentence: str) -> bool:
-        """No command until the unit has proved itself."""
+    def _cant_tell(self, sentence: str, *, wait: bool) -> bool:
+        """No command until the unit has proved itself; those that come wait for that as long as for a session."""
         if sentence != self._unproven:
             log.error("%s", sentence)
+        gone = not wait and not self._unproven
         self._unproven = sentence
-        self._nexus.bar(self.description.address, SessionLostError(sentence))
+        self._examining = False
+        until = self._nexus.give_up_at if wait else 0.0
+        self._nexus.bar(self.description.address, SessionLostError(sentence), until=until)
+        if gone and self.on_change is not None:
+            self.on_change()
         return False
 
 

@@ -14,7 +14,8 @@ and the range lock see to that), so a replay can't overtake. The new login carri
 makes the target end the old session and its tasks before it answers (RFC 7143 §6.3.5): that is the barrier. Before
 commands flow again, every disk in use is proven to be the one it was (`add_guard`). A disk that isn't, or that can't
 be examined, is barred (`bar`): nothing reaches it any more, what is to be sent again least of all. One that can't be
-examined holds up no other; it is asked again from time to time.
+examined holds up no other; it is asked again from time to time, and its commands wait for it as they wait for a
+session: targets often let in before all of their disks are there.
 
 Waiting has an end: ``reconnect_timeout`` seconds after the session was lost, waiters get an error, and later ones get
 it at once, until a login works again. The attempts go on; the mount heals by itself.
@@ -46,6 +47,7 @@ from iscsifuse.initiator.settings import Portal, SessionSettings
 from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.iscsi.parameters import LoginConfig, NegotiatedParameters
 from iscsifuse.iscsi.tasks import Task
+from iscsifuse.scsi import cdb as cdbs
 
 __all__ = ["Nexus", "NexusState", "Started", "open_nexus"]
 
@@ -60,7 +62,8 @@ LONGEST_TIME2WAIT = 3600.0
 LAST_WORDS = 5.0
 """Seconds that a session lives on after a cancellation, for commands under way and the logout."""
 ASK_AGAIN_AFTER = 5.0
-"""Seconds until a guard that couldn't prove its disk is asked again."""
+"""Seconds until a guard that couldn't prove its disk is asked again; at first less."""
+FIRST_ASK_AGAIN = 0.25
 
 Guard = Callable[[Session], Awaitable[bool]]
 Started = tuple[Session, Task]
@@ -106,8 +109,9 @@ class Nexus:
         self._portals = list(portals)
         self._isid = isid
         self._guards: list[Guard] = []
-        self._barred: dict[bytes, IscsifuseError] = {}
         self._watchers: dict[bytes, Watcher] = {}
+        self._barred: dict[bytes, tuple[IscsifuseError, float]] = {}  # and until when commands wait
+        self._bar_changed = trio.Event()  # replaced at each change of a bar, and of state
         self._session = Session(login, settings, statistics)
         self._session.on_trouble = self._note_trouble
         self._changed = trio.Event()  # replaced at each change of state
@@ -149,24 +153,48 @@ class Nexus:
         """
         self._guards.append(guard)
 
-    async def prove_again(self, guard: Guard) -> None:
-        """Have a guard look at the session in use, and again for as long as it can't settle things."""
-        session = self._session
-        with suppress(SessionLostError):  # the guards look at the next one anyway
-            if not await guard(session) and self._nursery is not None:
-                self._nursery.start_soon(self._ask_again, guard, session)
+    def prove_soon(self, guard: Guard, *, then: Callable[[], None]) -> None:
+        """Have a guard look at the session in use, in a task of the nexus's own, and again until things are settled.
 
-    def bar(self, lun: bytes, error: SessionLostError | IdentityError | None) -> None:
+        Args:
+            guard: see `add_guard`.
+            then: called when it has looked for the first time, or when the session was lost under it.
+        """
+        if self._nursery is None or self.state is NexusState.CLOSED:
+            then()
+        else:
+            self._nursery.start_soon(self._prove_again, guard, self._session, then)
+
+    async def _prove_again(self, guard: Guard, session: Session, then: Callable[[], None]) -> None:
+        with suppress(SessionLostError):  # the guards look at the next one anyway
+            try:
+                settled = await guard(session)
+            finally:
+                then()
+            if not settled:
+                await self._ask_again(guard, session)
+
+    @property
+    def give_up_at(self) -> float:
+        """When the patience with the loss of a session ends, or ended (on trio's clock); 0 if there was no loss."""
+        return self._give_up_at
+
+    def bar(self, lun: bytes, error: SessionLostError | IdentityError | None, *, until: float = 0.0) -> None:
         """Hold back every command to a logical unit, those to be replayed too; None lets them through again.
+
+        All but REPORT LUNS, which asks the target, by whichever unit.
 
         Args:
             lun: 8 bytes.
             error: what the commands fail with (a copy of it).
+            until: how long they wait for the end of the bar before they fail, on trio's clock.
         """
         if error is None:
             self._barred.pop(lun, None)
         else:
-            self._barred[lun] = error
+            self._barred[lun] = error, until
+        self._bar_changed.set()
+        self._bar_changed = trio.Event()
 
     async def execute(
         self,
@@ -203,10 +231,14 @@ class Nexus:
         replays = 0
         while True:
             session = self._session if self.state is NexusState.LOGGED_IN else await self._wait_for_session()
-            if lun in self._barred and first is None:
+            if lun in self._barred and first is None and cdb[0] != cdbs.Opcode.REPORT_LUNS:
                 # Invariant: nothing is awaited between this look and the submission.
-                error = self._barred[lun]
-                raise type(error)(*error.args)
+                await self._until_unbarred(lun)
+                if self._session is not session or self.state is not NexusState.LOGGED_IN:
+                    replays += 1
+                    if replays > MAX_REPLAYS:
+                        raise SessionLostError(f"{self.target_name}: sessions don't last long enough to find a disk")
+                continue
             try:
                 if first is not None:
                     (session, task), first = first, None
@@ -319,6 +351,8 @@ class Nexus:
         self._since = time.time()
         self._changed.set()
         self._changed = trio.Event()
+        self._bar_changed.set()
+        self._bar_changed = trio.Event()
 
     async def _wait_for_session(self) -> Session:
         """The session, once there is one."""
@@ -329,6 +363,15 @@ class Nexus:
             return self._session
         why = "it was closed" if self.state is NexusState.CLOSED else self._last_error
         raise SessionLostError(f"no session with {self.target_name}: {why}")
+
+    async def _until_unbarred(self, lun: bytes) -> None:
+        """Wait until nothing holds back the commands to a unit, or the session is lost; raise what they fail with."""
+        while self.state is NexusState.LOGGED_IN and lun in self._barred:
+            error, until = self._barred[lun]
+            if trio.current_time() >= until:
+                raise type(error)(*error.args)
+            with trio.move_on_at(until):
+                await self._bar_changed.wait()
 
     async def _re_establish(self, nursery: trio.Nursery, time2wait: float) -> bool:
         """Log in again, however long it takes; whether it worked before `close`."""
@@ -398,9 +441,11 @@ class Nexus:
 
     async def _ask_again(self, guard: Guard, session: Session) -> None:
         """Call a guard until it has settled things, or the session is lost (the next one calls it anyway)."""
+        pause = FIRST_ASK_AGAIN
         with suppress(SessionLostError):
             while session.error is None and self.state is not NexusState.CLOSED:
-                await trio.sleep(ASK_AGAIN_AFTER)
+                await trio.sleep(min(pause, ASK_AGAIN_AFTER))
+                pause *= 2
                 if session.error is None and await guard(session):
                     return
 

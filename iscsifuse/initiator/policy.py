@@ -51,7 +51,7 @@ class Change(Flag):
     CAPACITY = auto()
     """2Ah/09h."""
     INVENTORY = auto()
-    """3Fh/0Eh: the list of LUNs changed."""
+    """3Fh/0Eh, 25h: the list of LUNs changed, or doesn't have this one any more."""
     DEFERRED = auto()
     """71h, 73h: an earlier command failed after its status was given."""
 
@@ -131,6 +131,10 @@ def _judge_sense(sense_data: bytes, *, what: str) -> Verdict:
             elif (asc, ascq) == (0x3F, 0x0E):
                 change = Change.INVENTORY
             return Verdict(Action.RETRY, retries=10, error=_error(CommandError, sense, what), change=change)
+        case SenseKey.ILLEGAL_REQUEST if asc == 0x25:
+            # LOGICAL UNIT NOT SUPPORTED: nobody is there to tell a unit attention. Once more, after a look at who is.
+            error = _error(CommandError, sense, what)
+            return Verdict(Action.RETRY, retries=1, error=error, change=Change.INVENTORY)
         case SenseKey.NOT_READY:
             return _judge_not_ready(sense, what)
         case SenseKey.MEDIUM_ERROR:

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ParamSpec, cast
 
 import trio
 import trio.testing
 
+from iscsifuse.errors import SessionLostError
 from iscsifuse.initiator.nexus import Nexus
 from iscsifuse.initiator.settings import SessionSettings
 from iscsifuse.iscsi.tasks import Task
@@ -163,14 +165,21 @@ class FakeNexus(FakeExecutor):
     def add_guard(self, guard: Callable[[Any], Awaitable[bool]]) -> None:
         self.guards.append(guard)
 
-    def bar(self, lun: bytes, error: Exception | None) -> None:
+    give_up_at = 0.0
+
+    def bar(self, lun: bytes, error: Exception | None, *, until: float = 0.0) -> None:  # noqa: ARG002
         if error is None:
             self.barred.pop(lun, None)
         else:
             self.barred[lun] = error
 
-    async def prove_again(self, guard: Callable[[Any], Awaitable[bool]]) -> None:
-        await guard(self)
+    def prove_soon(self, guard: Callable[[Any], Awaitable[bool]], *, then: Callable[[], None]) -> None:
+        async def prove() -> None:
+            with suppress(SessionLostError):
+                await guard(self)
+            then()
+
+        trio.lowlevel.spawn_system_task(prove)
 
     def as_nexus(self) -> Nexus:
         """For the type checker."""

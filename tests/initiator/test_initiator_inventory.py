@@ -150,12 +150,17 @@ async def test_inventory_shows_what_is_no_disk_but_asks_it_nothing(device_type: 
 @pytest.mark.conformance(122)
 @jumping
 async def test_inventory_of_five_bytes_of_inquiry() -> None:
-    """A disk that says only that it is one is a disk; a tape that says only that isn't."""
-    found = await _scan_one(FakeUnit(inquiry=Reply(bytes([0, 0, 5, 2, 0]))))
-    assert found.is_disk
-    assert found.inquiry.vendor == ""
+    """Something that says no more than that it is a disk isn't used, and isn't asked for more."""
+    for data in (bytes([0, 0, 5, 2, 0]), Inquiry().encode()[:35]):
+        unit = FakeUnit(inquiry=Reply(data))
+        found = await _scan_one(unit)
+        assert found.is_disk
+        assert not found.usable
+        assert found.problem == f"its INQUIRY data ends after {len(data)} bytes: it doesn't say what it is"
+        assert unit.asked == ["luns", "inquiry"]
     found = await _scan_one(FakeUnit(inquiry=Reply(bytes([1, 0, 5, 2, 0]))))
     assert not found.usable
+    assert (await _scan_one(FakeUnit(inquiry=Reply(Inquiry().encode()[:36])))).usable
 
 
 @pytest.mark.conformance(122)

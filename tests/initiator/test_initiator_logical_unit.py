@@ -400,11 +400,11 @@ async def test_logical_unit_the_same_disk_goes_on() -> None:
 
 
 @pytest.mark.conformance(100)
-@pytest.mark.expect_log(f"{RECOVERY}|can't be examined any more")
+@pytest.mark.expect_log(f"{RECOVERY}|can't be examined any more|is there again")
 async def test_logical_unit_one_that_cannot_be_examined_comes_back_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nexus_module, "ASK_AGAIN_AFTER", 0.05)
     disk = _disk()
-    async with _open(config_of(disk)) as (target, nexus, unit):
+    async with _open(config_of(disk), reconnect_timeout=0.3) as (target, nexus, unit):
         disk.medium_present = False
         target.drop_connections()
         await until(lambda: nexus.reconnects == 1)
@@ -463,7 +463,7 @@ PROOFS: list[tuple[Callable[[FakeUnit], None], bool, type[Exception] | None]] = 
 
 
 @pytest.mark.conformance(100)
-@pytest.mark.expect_log("examined any more|who it is|another disk answers|damaged")
+@pytest.mark.expect_log("examined any more|who it is|another disk answers|damaged|is there again")
 @pytest.mark.parametrize(("change", "settled", "error"), PROOFS)
 @jumping
 async def test_logical_unit_proof(
@@ -589,6 +589,38 @@ async def test_logical_unit_another_list_with_the_same_disk_in_it() -> None:
         assert await _read(unit, 0, 1) == pattern(512)
         assert unit.block_count == BLOCKS + 8
         assert len([entry for entry in target.ledger if entry.name == "INQUIRY"]) > 4
+
+
+@pytest.mark.conformance(107)
+@jumping
+async def test_logical_unit_news_that_come_while_it_is_examined_have_it_examined_again() -> None:
+    """What the first proof has seen may be what was there before the second change."""
+    changed = Reply.check(K.UNIT_ATTENTION, 0x3F, 0x0E)
+    fake = FakeUnit()
+    unit, nexus = await _fake(fake)
+    fake.change(read=[changed, changed, Reply(bytes(512))])
+    nexus.seconds = 0.2
+
+    async def later() -> None:
+        await trio.sleep(0.1)
+        await _read(unit, 0, 1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_read, unit, 0, 1)
+        nursery.start_soon(later)
+    assert fake.asked.count("ready") == 2
+    assert not nexus.barred
+
+
+@pytest.mark.conformance(107)
+@jumping
+async def test_logical_unit_a_proof_that_loses_its_session_holds_nothing_back() -> None:
+    """The next session's guards come before any command, and may have come already."""
+    fake = FakeUnit()
+    unit, nexus = await _fake(fake)
+    fake.change(read=[Reply.check(K.UNIT_ATTENTION, 0x3F, 0x0E), Reply(bytes(512))], ready=SessionLostError("gone"))
+    await _read(unit, 0, 1)
+    assert not nexus.barred
 
 
 async def test_logical_unit_a_medium_that_may_have_changed_drops_what_is_cached() -> None:
