@@ -10,6 +10,7 @@ the cause of the others.
 """
 
 import errno as _errno
+from collections.abc import Callable
 
 from iscsifuse.errors import IscsifuseError, WriteBackError
 
@@ -68,12 +69,14 @@ class ErrorSequence:
 
     Attributes:
         count: how many were recorded so far.
+        on_record: called for each.
     """
 
-    __slots__ = ("_error", "_told", "count")
+    __slots__ = ("_error", "_told", "count", "on_record")
 
     def __init__(self) -> None:
         self.count = 0
+        self.on_record: Callable[[], None] | None = None
         self._error: WriteBackError | None = None
         self._told = True
 
@@ -83,6 +86,8 @@ class ErrorSequence:
         if self._told or self._error is None:
             self._error = error
             self._told = False
+        if self.on_record is not None:
+            self.on_record()
 
     def open(self) -> Handle:
         """A new handle, which will be told of what nobody has been told of yet."""

@@ -5,6 +5,7 @@ after his own data had reached the device, so he joins the next one, never one t
 """
 
 import abc
+from collections.abc import Callable
 
 import trio
 
@@ -51,6 +52,13 @@ class BlockFile(abc.ABC):
         A deferred error, or volatile data lost with the power: every handle's next ``drain`` or ``sync`` fails.
         """
         self._errors.record(error if isinstance(error, WriteBackError) else write_back_error(error))
+
+    def on_error(self, callback: Callable[[], None]) -> None:
+        """Have a function called whenever something that was acknowledged turns out not to be on the disk.
+
+        For whoever keeps copies of what was written: the disk has something else.
+        """
+        self._errors.on_record = callback
 
     @abc.abstractmethod
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

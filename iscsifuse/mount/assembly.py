@@ -6,6 +6,12 @@ Whether a target could be used is settled exactly once, by its disks or by its f
 What isn't a reason to mount nothing: a target that can't be logged in to, a disk that isn't ready, a name that must
 not become a directory. It is told as a warning, and the mount is ``partial``. If nothing is left at all, the first
 failure is what the user hears.
+
+**New LUNs.** A target tells of a change of its list (UNIT ATTENTION 3Fh/0Eh) with the next command to any of its
+disks. Then it is asked for its LUNs again, and new disks are offered (``Assembly.on_new``); likewise after each new
+login, since a target that was restarted tells of nothing. In a mount where nobody does anything there is no next
+command, so each disk is sent a TEST UNIT READY every ``LOOK_EVERY`` seconds, which also makes a disk that grew known.
+A mount of one LUN stays one. A target that had no disk when it was mounted isn't logged in to, and gets none.
 """
 
 import dataclasses
@@ -24,6 +30,7 @@ from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.inventory import LunDescription, scan
 from iscsifuse.initiator.logical_unit import LogicalUnit
 from iscsifuse.initiator.nexus import Nexus, open_nexus
+from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.settings import DiscoveredTarget, Portal
 from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.iscsi.names import validate_iscsi_name
@@ -35,6 +42,10 @@ __all__ = ["Assembly", "assemble", "portals_of"]
 
 log = logging.getLogger(__name__)
 
+LOOK_EVERY = 10.0
+"""Seconds between two looks at disks that nobody may be using."""
+SCAN_PAUSE = 1.0
+"""Seconds between two scans of a target that keeps telling of changes."""
 _LOGINS_AT_ONCE = 16
 _LOGOUT_LIMIT = 10.0
 """Seconds for all sessions together to end."""
@@ -51,14 +62,16 @@ class Assembly:
         statistics: of all sessions.
         details: more about each disk, for the status.
         on_change: called after the size or the medium of a disk changed; its cache has been dropped already.
+        on_new: called when a disk was added to ``disks``.
     """
 
-    disks: Sequence[Disk] = ()
+    disks: list[Disk] = field(default_factory=list)
     partial: bool = False
     sessions: Sequence[SessionReporter] = ()
     statistics: CommandStatistics = field(default_factory=CommandStatistics)
-    details: Mapping[Disk, Mapping[str, object]] = field(default_factory=dict)
+    details: dict[Disk, Mapping[str, object]] = field(default_factory=dict)
     on_change: Callable[[Disk], None] | None = None
+    on_new: Callable[[Disk], None] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +85,17 @@ class _Target:
     nexus: Nexus | None = None
     descriptions: list[LunDescription] = field(default_factory=list)
     disks: dict[Disk, LunDescription] = field(default_factory=dict)
+    units: list[LogicalUnit] = field(default_factory=list)
+    news: trio.Event = field(default_factory=trio.Event)
+
+    def has_news(self) -> None:
+        """Its list of LUNs may have changed."""
+        self.news.set()
+
+    async def on_session(self, _: Session) -> bool:
+        """A guard of its nexus: the list may be another one in a new session."""
+        self.has_news()
+        return True
 
 
 def portals_of(target: DiscoveredTarget, typed: Portal) -> tuple[Portal, ...]:
@@ -194,6 +218,8 @@ class _Assembler:
         async with trio.open_nursery() as caches:
             for description in chosen:
                 await self._offer(nexus, target, description, caches)
+            nexus.add_guard(target.on_session)
+            caches.start_soon(self._watch, nexus, target, caches)
             self._settle(target)
             await self.closing.wait()
             caches.cancel_scope.cancel()
@@ -204,14 +230,50 @@ class _Assembler:
             target.settled.set()
             self._logins.release()
 
-    async def _offer(self, nexus: Nexus, target: _Target, description: LunDescription, caches: trio.Nursery) -> None:
-        """Make a disk of a LUN."""
+    async def _watch(self, nexus: Nexus, target: _Target, caches: trio.Nursery) -> None:
+        """Keep an eye on what a target has; see the module."""
+        while True:
+            with trio.move_on_after(LOOK_EVERY):
+                await target.news.wait()
+            if not target.news.is_set():
+                for unit in list(target.units):
+                    await unit.look()
+                continue
+            target.news = trio.Event()
+            if self._plan.lun is None:
+                await self._look_for_more(nexus, target, caches)
+                await trio.sleep(SCAN_PAUSE)
+
+    async def _look_for_more(self, nexus: Nexus, target: _Target, caches: trio.Nursery) -> None:
+        """Offer the disks that are new."""
+        known = {disk.lun for disk in target.disks}
+        try:
+            found = await scan(nexus, only=set(self._plan.luns) or None, without=known)
+        except IscsifuseError as error:
+            log.warning("%s: its LUNs can't be listed again: %s", target.name, error)
+            return
+        for description in found:
+            if not description.usable:
+                log.info("%s", _why_not(target.name, description))
+                continue
+            disk = await self._offer(nexus, target, description, caches)
+            if disk is not None:
+                log.warning("LUN %d of %s is new; it has %d bytes", disk.lun, disk.target, disk.file.size)
+                self.assembly.disks.append(disk)
+                self.assembly.details[disk] = _details(description)
+                if self.assembly.on_new is not None:
+                    self.assembly.on_new(disk)
+
+    async def _offer(
+        self, nexus: Nexus, target: _Target, description: LunDescription, caches: trio.Nursery
+    ) -> Disk | None:
+        """Make a disk of a LUN; None where that can't be."""
         unit = LogicalUnit(nexus, description)
         try:
             file = block_file(unit, pool=self._pool, settings=self._cache)
         except IscsifuseError as error:
             self._leave_out(f"{unit.label} can't be used: {error}")
-            return
+            return None
         await caches.start(file.run)
         if self._plan.read_write and description.write_protected:
             log.warning("%s is write-protected: it can only be read", unit.label)
@@ -219,6 +281,7 @@ class _Assembler:
             target.name, description.lun, file, writable=self._plan.read_write and not description.write_protected
         )
         target.disks[disk] = description
+        target.units.append(unit)
 
         def changed() -> None:
             file.invalidate()
@@ -227,6 +290,8 @@ class _Assembler:
 
         unit.on_change = changed
         unit.on_loss = file.lose
+        unit.on_inventory = target.has_news
+        return disk
 
     async def _choose(self, nexus: Nexus, target: _Target) -> list[LunDescription]:
         """The LUNs of a target that are to be mounted.

@@ -25,6 +25,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 
 import pyfuse3
@@ -176,14 +177,18 @@ class _Mount:
         )
         # Opened before anybody writes, so it is told of every error that happens from now on.
         self._keepers: dict[Disk, Handle] = {disk: disk.file.open() for disk in assembly.disks if disk.writable}
-        self._inodes = {node.disk: node.inode for node in self._tree.disk_nodes()}
+        self._inodes = {node.disk: node.inode for node in self._tree.disk_nodes() if node.disk is not None}
         self._main = trio.CancelScope()
         self._ended = trio.Event()
         self._broken: Exception | None = None
-        self._changed: set[int] = set()
+        # What the kernel has to forget: pages and attributes of an inode; with a name, that there is no such entry.
+        self._changed: set[tuple[int, bytes]] = set()
         self._change = trio.Event()
         self._invalidating = False
         self._device = ""
+        for disk, inode in self._inodes.items():
+            # The kernel has the pages of a write that failed afterwards, and would show them as the disk's.
+            disk.file.on_error(partial(self._forget, inode))
 
     async def run(self, ready: Callable[[bool], None]) -> int:
         plan = self._plan
@@ -200,6 +205,10 @@ class _Mount:
                     nursery.start_soon(channel.serve)
                     nursery.start_soon(self._invalidate)
                     self._assembly.on_change = self._note_change
+                    self._assembly.on_new = self._note_new
+                    for disk in self._assembly.disks:
+                        if disk not in self._inodes:  # It came while this was being mounted.
+                            self._note_new(disk)
                     gc.freeze()  # What is there now stays: the collector needn't look at it again and again.
                     ready(self._assembly.partial)
                     errors = await self._until_the_end(channel)
@@ -239,23 +248,45 @@ class _Mount:
 
     def _note_change(self, disk: Disk) -> None:
         log.warning("LUN %d of %s has changed; it has %d bytes now", disk.lun, disk.target, disk.file.size)
-        self._changed.add(self._inodes[disk])
+        inode = self._inodes.get(disk)
+        if inode is not None:
+            self._forget(inode)
+
+    def _note_new(self, disk: Disk) -> None:
+        try:
+            place, node = self._tree.add(disk)
+        except IscsifuseError as error:
+            log.warning("LUN %d of %s can't be shown: %s", disk.lun, disk.target, error)
+            return
+        self._inodes[disk] = node.inode
+        disk.file.on_error(partial(self._forget, node.inode))
+        if disk.writable:
+            self._keepers[disk] = disk.file.open()
+        self._forget(place.inode)
+        self._forget(place.inode, node.name.encode())
+
+    def _forget(self, inode: int, name: bytes = b"") -> None:
+        self._changed.add((inode, name))
         self._change.set()
 
     async def _invalidate(self) -> None:
-        """Have the kernel drop the pages and attributes of disks that changed."""
+        """Have the kernel forget what isn't so any more: see ``_changed``."""
         while True:
             await self._change.wait()
             self._change = trio.Event()
             while self._changed:
-                inode = pyfuse3.InodeT(self._changed.pop())
+                number, name = self._changed.pop()
+                inode = pyfuse3.InodeT(number)
+                job = partial(pyfuse3.invalidate_inode, inode)
+                if name:
+                    job = partial(pyfuse3.invalidate_entry, inode, pyfuse3.FileNameT(name))
                 self._invalidating = True
                 try:
                     # Abandoned rather than waited for: it may hang on a request that is never answered now.
-                    await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True)
+                    await trio.to_thread.run_sync(job, abandon_on_cancel=True)
                 except OSError as error:
                     # ENOENT: the kernel doesn't know the file, so there is nothing to drop.
-                    log.debug("invalidate inode %d: %s", inode, error)
+                    log.debug("invalidate %s of inode %d: %s", name, inode, error)
                 self._invalidating = False
 
     # -- ending -----------------------------------------------------------------------------------------------------

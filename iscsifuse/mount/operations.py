@@ -9,6 +9,7 @@ Invariants:
 * A read is answered with exactly the bytes that were asked for, or with an error; fewer only at the end of the disk.
   A short answer in mid-file would make the kernel believe that the file has shrunk.
 * Nothing but ``FUSEError`` leaves an operation (``translate``).
+* A disk that shrank ends with an error for who opened it before; an end of file would make half a copy look whole.
 * The size of a disk is what its file says at this moment. Truncation, O_TRUNC and growth don't exist: a disk has the
   size it has.
 * ``getxattr`` is answered with ENOSYS, once, which means "never again". The kernel would otherwise ask for
@@ -77,7 +78,7 @@ class _OpenDisk:
         peek, read: the file's own, with nothing in between.
     """
 
-    __slots__ = ("direct", "file", "handle", "peek", "read", "writable", "writes")
+    __slots__ = ("_size", "direct", "file", "handle", "peek", "read", "writable", "writes")
 
     def __init__(self, file: BlockFile, writes: _Writes, *, writable: bool, direct: bool) -> None:
         self.file = file
@@ -87,10 +88,15 @@ class _OpenDisk:
         self.handle: Handle = file.open()
         self.writable = writable
         self.direct = direct
+        self._size = file.size
 
-    def end(self) -> int:
-        """Where it ends, in bytes."""
-        return self.file.size
+    def may_end(self, at: int, *, wanted: int) -> bool:
+        """Whether a read of the bytes before ``wanted`` may have ended before ``at``.
+
+        Only at the end of the disk; and not at the end of one that has shrunk since it was opened, but for the rest
+        of a page, which the kernel asks for with its first bytes.
+        """
+        return at >= self.file.size and (at >= self._size or wanted <= -(-at // _BLOCK_SIZE) * _BLOCK_SIZE)
 
 
 class _OpenStatus:
@@ -107,8 +113,8 @@ class _OpenStatus:
     async def read(self, offset: int, size: int) -> Buffer:
         return self._data[offset : offset + size]
 
-    def end(self) -> int:
-        return len(self._data)
+    def may_end(self, at: int, *, wanted: int) -> bool:
+        return at >= len(self._data)
 
 
 class DiskOperations(pyfuse3.Operations):
@@ -138,7 +144,7 @@ class DiskOperations(pyfuse3.Operations):
         self._direct_io = direct_io
         self._next = 1
         self._disks: dict[int, _OpenDisk] = {}
-        self._writes = {node.disk: _Writes() for node in tree.disk_nodes() if node.disk is not None}
+        self._writes: dict[Disk, _Writes] = {}
         self._readable: dict[int, _OpenDisk | _OpenStatus] = {}
         self._listings: dict[int, list[Node]] = {}
 
@@ -253,7 +259,7 @@ class DiskOperations(pyfuse3.Operations):
         number = self._number()
         direct = bool(flags & os.O_DIRECT) and not self._direct_io
         self._readable[number] = self._disks[number] = _OpenDisk(
-            disk.file, self._writes[disk], writable=writable, direct=direct
+            disk.file, self._writes.setdefault(disk, _Writes()), writable=writable, direct=direct
         )
         return FileInfo(fh=FileHandleT(number), direct_io=self._direct_io, keep_cache=not self._direct_io)
 
@@ -265,7 +271,7 @@ class DiskOperations(pyfuse3.Operations):
             data = opened.peek(off, size)
             if data is None:
                 data = await opened.read(off, size)
-                if len(data) != size and off + len(data) < opened.end():
+                if len(data) != size and not opened.may_end(off + len(data), wanted=off + size):
                     raise FUSEError(errno.EIO)
             return data
         except (Exception, BaseExceptionGroup) as error:

@@ -9,9 +9,10 @@ How it thinks. The mount point is what the URL names, so there are four layouts,
 
 A directory also has a hidden ``.iscsifuse/status.json`` in its root: a lookup finds it, a listing doesn't.
 
-The tree never changes after it was built. Inode numbers are made from names, so they stay the same from mount to
-mount and whatever the order in which a target lists its LUNs. Times are constant, for a changing mtime makes the
-kernel drop its page cache.
+The tree only grows, where a target has a new LUN (`Tree.add`); what is in it stays, with its number: a disk that is
+gone has a file whose every read fails. Inode numbers are made from names, so they stay the same from mount to mount
+and whatever the order in which a target lists its LUNs. Times are constant, for a changing mtime makes the kernel
+drop its page cache.
 """
 
 import hashlib
@@ -151,9 +152,10 @@ class Tree:
         paths: where each disk is, relative to the mount point; "" where the mount point itself is the disk.
     """
 
-    def __init__(self, root: Node, permissions: Permissions) -> None:
+    def __init__(self, root: Node, permissions: Permissions, *, by_target: bool = False) -> None:
         self.root = root
         self.permissions = permissions
+        self._by_target = by_target
         self.paths: dict[Disk, str] = {}
         self._nodes: dict[int, Node] = {ROOT_INODE: root}
         if root.disk is not None:
@@ -179,18 +181,31 @@ class Tree:
             UsageError: two disks would have the same path.
         """
         root = Node(ROOT_INODE, NodeKind.DIRECTORY, "", stat.S_IFDIR | permissions.directory)
-        tree = cls(root, permissions)
+        tree = cls(root, permissions, by_target=by_target)
         for disk in disks:
-            place = tree._directory(validate_iscsi_name(disk.target)) if by_target else root
-            if disk.name.encode() in place.children:
-                raise UsageError(f"LUN {disk.lun} of {disk.target} is there twice")
-            mode = stat.S_IFREG | permissions.disk(writable=disk.writable)
-            node = tree._add(place, disk.name, NodeKind.DISK, mode, salt=disk.target, disk=disk)
-            tree.paths[disk] = f"{place.name}/{node.name}" if by_target else node.name
+            tree.add(disk)
         hidden = tree._directory(HIDDEN_DIRECTORY)
         hidden.hidden = True
         tree._add(hidden, STATUS_FILE, NodeKind.STATUS, stat.S_IFREG | permissions.status)
         return tree
+
+    def add(self, disk: Disk) -> tuple[Node, Node]:
+        """One more disk in the tree of a directory, at the end of its listing.
+
+        Returns:
+            The directory that it is in, and itself.
+
+        Raises:
+            FormatError: its target's name must not become a directory.
+            UsageError: there is a disk with the same path.
+        """
+        place = self._directory(validate_iscsi_name(disk.target)) if self._by_target else self.root
+        if disk.name.encode() in place.children:
+            raise UsageError(f"LUN {disk.lun} of {disk.target} is there twice")
+        mode = stat.S_IFREG | self.permissions.disk(writable=disk.writable)
+        node = self._add(place, disk.name, NodeKind.DISK, mode, salt=disk.target, disk=disk)
+        self.paths[disk] = f"{place.name}/{node.name}" if self._by_target else node.name
+        return place, node
 
     def node(self, inode: int) -> Node | None:
         """The inode with that number."""

@@ -2,10 +2,11 @@
 
 # ruff: noqa: ARG002 - the signatures are those of what is replaced
 
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -19,6 +20,7 @@ from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.mount import assembly
 from iscsifuse.mount.assembly import assemble, portals_of
 from iscsifuse.mount.plan import MountPlan
+from iscsifuse.mount.tree import Disk
 
 HERE = Portal("10.0.0.1")
 THERE = Portal("10.0.0.2")
@@ -68,7 +70,13 @@ class Unit:
         self.volatile = True
         self.on_change: Callable[[], None] | None = None
         self.on_loss: Callable[[], None] | None = None
+        self.on_inventory: Callable[[], None] | None = None
+        self.looks = 0
         nexus.units.append(self)
+
+    async def look(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.looks += 1
 
     async def read_into(self, buffer: memoryview, *, lba: int) -> None:
         raise AssertionError("not used")
@@ -84,6 +92,10 @@ class Nexus:
     def __init__(self, target_name: str) -> None:
         self.target_name = target_name
         self.units: list[Unit] = []
+        self.guards: list[Callable[[Any], Awaitable[bool]]] = []
+
+    def add_guard(self, guard: Callable[[Any], Awaitable[bool]]) -> None:
+        self.guards.append(guard)
 
     def report(self) -> dict[str, object]:
         return {"target": self.target_name}
@@ -101,9 +113,10 @@ class San:
         self.login_takes = 0.0
         self.most_at_once = self._at_once = 0
         self.slow: set[str] = set()
+        self.scans = 0
 
     async def discover(self, portal: Portal, settings: SessionSettings) -> list[DiscoveredTarget]:
-        assert (portal, settings.read_only) == (HERE, True)
+        assert portal == HERE
         await trio.lowlevel.checkpoint()
         names = self.listed if self.listed is not None else list(self.targets)
         return [DiscoveredTarget(name, (TargetPortal(HERE, 1),)) for name in names]
@@ -136,11 +149,15 @@ class San:
                 await trio.sleep(1000 if target_name in self.slow else 0)
                 self.logged_in.remove(target_name)
 
-    async def scan(self, nexus: Nexus, *, only: Collection[int] | None = None) -> list[Lun]:
+    async def scan(
+        self, nexus: Nexus, *, only: Collection[int] | None = None, without: Collection[int] = ()
+    ) -> list[Lun]:
         await trio.lowlevel.checkpoint()
+        self.scans += 1
         content = self.targets[nexus.target_name]
-        assert not isinstance(content, IscsifuseError)
-        return [lun for lun in content if only is None or lun.lun in only]
+        if isinstance(content, IscsifuseError):
+            raise content
+        return [lun for lun in content if lun.lun not in without and (only is None or lun.lun in only)]
 
 
 @pytest.fixture
@@ -301,6 +318,111 @@ async def test_changes_drop_the_cache_and_are_passed_on(san: San, monkeypatch: p
         made.on_change = lambda disk: seen.append(disk.name)
         unit.on_change()
     assert seen == ["invalidated", "lun-1"]
+
+
+# --- what is new ---
+
+
+@pytest.mark.conformance(107)
+@pytest.mark.expect_log("LUN 7 of .* is new; it has 4096 bytes")
+async def test_a_lun_that_is_new_becomes_a_disk(san: San, autojump_clock: MockClock) -> None:  # noqa: ARG001
+    """The target tells of it by one of its disks; what isn't usable isn't shown; what is known stays as it is."""
+    san.targets = {NAMES[0]: [Lun(1)], NAMES[1]: [Lun(1)]}
+    told: list[Disk] = []
+    async with assemble(replace(PLAN, read_write=True)) as made:
+        before = list(made.disks)
+        made.on_new = told.append
+        san.targets[NAMES[0]] = [Lun(0, is_disk=False), Lun(1), Lun(7), Lun(8, problem="no medium")]
+        news = san.nexuses[NAMES[0]].units[0].on_inventory
+        assert news is not None
+        news()
+        await trio.sleep(0.01)
+        (new,) = told
+        assert (new.target, new.lun, new.writable) == (NAMES[0], 7, True)
+        assert made.disks == [*before, new]
+        assert made.details[new]["vendor"] == "IET"
+        assert new.file.open() is not None
+        news()
+        await trio.sleep(5)
+        assert len(told) == 1
+        # It tells of changes of its own, and of further ones.
+        assert san.nexuses[NAMES[0]].units[-1].on_change is not None
+        assert san.nexuses[NAMES[0]].units[-1].on_inventory is not None
+
+
+@pytest.mark.expect_log("LUN 2 of .* is new")
+async def test_a_lun_that_is_new_before_anybody_listens_is_there(
+    san: San,
+    autojump_clock: MockClock,  # noqa: ARG001
+) -> None:
+    san.targets = {NAMES[0]: [Lun(1)]}
+    async with assemble(PLAN) as made:
+        san.targets = {NAMES[0]: [Lun(1), Lun(2)]}
+        (guard,) = san.nexuses[NAMES[0]].guards
+        assert await guard(None) is True  # a new session, which tells of nothing
+        await trio.sleep(0.01)
+        assert [disk.lun for disk in made.disks] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("plan", "shown"),
+    [(replace(PLAN, luns=(1, 3)), [1, 3]), (only(NAMES[0], lun=1), [1]), (only(NAMES[0]), [1, 2, 3])],
+)
+@pytest.mark.expect_log("is new; it has|no target has a usable disk with LUN 3")
+async def test_only_what_was_asked_for_appears(
+    san: San,
+    autojump_clock: MockClock,  # noqa: ARG001
+    plan: MountPlan,
+    shown: list[int],
+) -> None:
+    san.targets = {NAMES[0]: [Lun(1)]}
+    async with assemble(plan) as made:
+        san.targets = {NAMES[0]: [Lun(1), Lun(2), Lun(3)]}
+        scans = san.scans
+        news = san.nexuses[NAMES[0]].units[0].on_inventory
+        assert news is not None
+        news()
+        await trio.sleep(5)
+        assert [disk.lun for disk in made.disks] == shown
+        assert (san.scans == scans) == (plan.lun is not None)
+
+
+async def test_disks_are_looked_at_now_and_then(san: San, autojump_clock: MockClock) -> None:  # noqa: ARG001
+    san.targets = {NAMES[0]: [Lun(1), Lun(2)]}
+    async with assemble(PLAN):
+        units = san.nexuses[NAMES[0]].units
+        scans = san.scans
+        await trio.sleep(assembly.LOOK_EVERY * 3.5)
+        assert [unit.looks for unit in units] == [3, 3]
+        assert san.scans == scans
+
+
+@pytest.mark.conformance("B10")
+async def test_a_target_that_keeps_telling_of_changes_is_not_asked_all_the_time(
+    san: San,
+    autojump_clock: MockClock,  # noqa: ARG001
+) -> None:
+    san.targets = {NAMES[0]: [Lun(1)]}
+    async with assemble(PLAN):
+        news = san.nexuses[NAMES[0]].units[0].on_inventory
+        assert news is not None
+        scans = san.scans
+        for _ in range(1000):
+            news()
+            await trio.sleep(0.01)
+        assert san.scans - scans <= 10 / assembly.SCAN_PAUSE + 1
+
+
+@pytest.mark.expect_log("its LUNs can't be listed again: gone")
+async def test_a_list_that_cannot_be_had_changes_nothing(san: San, autojump_clock: MockClock) -> None:  # noqa: ARG001
+    san.targets = {NAMES[0]: [Lun(1)]}
+    async with assemble(PLAN) as made:
+        san.targets = {NAMES[0]: ConnectError("gone")}
+        news = san.nexuses[NAMES[0]].units[0].on_inventory
+        assert news is not None
+        news()
+        await trio.sleep(5)
+        assert [disk.lun for disk in made.disks] == [1]
 
 
 async def test_errors_of_the_body_pass_as_they_are(san: San) -> None:

@@ -28,8 +28,10 @@ class Fields:
 
 
 class Rig:
-    def __init__(self, *, read_write: bool = True, writable: bool = True, direct_io: bool = False) -> None:
-        self.file = MemoryFile(4096)
+    def __init__(
+        self, *, read_write: bool = True, writable: bool = True, direct_io: bool = False, size: int = 4096
+    ) -> None:
+        self.file = MemoryFile(size)
         self.disk = Disk(TARGET, 0, self.file, writable=writable)
         self.tree = Tree.of_directory([self.disk], Permissions(uid=7, gid=8), by_target=False)
         self.snapshots = 0
@@ -152,16 +154,35 @@ async def test_a_read_is_whole_or_an_error() -> None:
     assert await refused(rig.operations.read(FileHandleT(999), 0, 512)) == errno.EIO
 
 
-async def test_a_disk_that_shrank_under_a_read_ends_there() -> None:
-    rig = Rig()
+@pytest.mark.conformance(130)
+async def test_a_disk_that_shrank_ends_with_an_error_for_who_opened_it_before() -> None:
+    rig = Rig(size=16384)
     handle = await rig.open()
 
     def shrink(data: bytes) -> bytes:
-        del rig.file.device.data[1024:]
-        return data[:1024]
+        del rig.file.device.data[5120:]
+        return data[:5120]
 
     rig.file.answer = shrink
-    assert len(await rig.operations.read(handle, 0, 4096)) == 1024
+    # What is asked for is gone in part, or as a whole; it was there when the file was opened.
+    assert await refused(rig.operations.read(handle, 0, 16384)) == errno.EIO
+    assert await refused(rig.operations.read(handle, 8192, 4096)) == errno.EIO
+    # The page that the disk ends in now is asked for as a whole, and has 1024 bytes.
+    assert len(await rig.operations.read(handle, 4096, 4096)) == 1024
+    assert len(await rig.operations.read(handle, 0, 8192)) == 5120
+    # Who opens it now sees a disk of that size.
+    handle = await rig.open()
+    assert len(await rig.operations.read(handle, 0, 16384)) == 5120
+    assert bytes(await rig.operations.read(handle, 8192, 4096)) == b""
+
+
+async def test_a_disk_that_grew_ends_at_its_new_end() -> None:
+    rig = Rig()
+    handle = await rig.open()
+    rig.file.device.data.extend(bytes(1024))
+    assert len(await rig.operations.read(handle, 0, 8192)) == 5120
+    rig.file.answer = lambda data: data[:4096]
+    assert await refused(rig.operations.read(handle, 0, 8192)) == errno.EIO
 
 
 async def test_writes() -> None:

@@ -106,6 +106,28 @@ def test_names_that_must_not_become_directories(name: str) -> None:
         Tree.of_directory([disk(name)], OURS, by_target=True)
 
 
+@pytest.mark.conformance(107)
+@pytest.mark.parametrize("by_target", [True, False])
+def test_a_disk_that_is_new_changes_nothing_else(by_target: bool) -> None:
+    first, second, new = disk(ONE, 1), disk(ONE, 2), disk(ONE, 7, writable=True)
+    tree = Tree.of_directory([first, second], OURS, by_target=by_target)
+    before = {node.inode: (node.name, node.mode) for node in tree.nodes()}
+    place, node = tree.add(new)
+    assert {number: (node.name, node.mode) for number, node in ((n, tree.node(n)) for n in before) if node} == before
+    assert names(place) == ["lun-1", "lun-2", "lun-7"]
+    assert (place is tree.root) == (not by_target)
+    assert tree.lookup(place.inode, b"lun-7") is tree.node(node.inode) is node
+    assert node.mode == stat.S_IFREG | 0o600
+    assert tree.paths[new] == (f"{ONE}/lun-7" if by_target else "lun-7")
+    # The number that it would have had from the beginning.
+    whole = Tree.of_directory([first, second, new], OURS, by_target=by_target)
+    assert {node.inode for node in whole.nodes()} == {node.inode for node in tree.nodes()}
+    with pytest.raises(UsageError, match=r"LUN 7 of .* is there twice"):
+        tree.add(disk(ONE, 7))
+    with pytest.raises(UsageError):
+        tree.add(disk(ONE, 1))
+
+
 def test_a_lun_twice_is_refused() -> None:
     with pytest.raises(UsageError, match=r"LUN 1 of .* is there twice"):
         Tree.of_directory([disk(), disk()], OURS, by_target=False)
