@@ -236,6 +236,8 @@ class TextExchange:
             raise ProtocolError("a Text Response that is not final, without a Target Transfer Tag to go on with")
         # A tag in a final response has no meaning and is not looked at.
         self._pairs += self._assembler.add(pdu.data, cont=pdu.cont) or []
+        if len(self._pairs) > text.MAX_PAIRS:
+            raise FormatError(f"more than {text.MAX_PAIRS} keys in the answer to one Text Request")
         if pdu.final:
             self._done = True
             return None

@@ -30,6 +30,7 @@ from iscsifuse.errors import FormatError
 __all__ = [
     "LOGIN_TEXT_LIMIT",
     "MAX_KEY_LENGTH",
+    "MAX_PAIRS",
     "MAX_VALUE_LENGTH",
     "SEND_TARGETS_LIMIT",
     "Assembler",
@@ -53,8 +54,12 @@ LOGIN_TEXT_LIMIT: Final = 64 * 1024
 """Bytes of text that a target may send during one login."""
 SEND_TARGETS_LIMIT: Final = 16 * 1024 * 1024
 """Bytes of text in the answer to one SendTargets: tens of thousands of targets."""
+MAX_PAIRS: Final = 131072
+"""Pairs in one answer: a dozen addresses for each of ten thousand targets. Bytes alone are no bound, as a pair of
+three bytes takes a hundred times as much in memory."""
 
 # '#' stands in the public extension keys of RFC 3720 (X#...); RFC 7143 knows the others.
+_PIECE: Final = re.compile(rb"[^\0]+")
 _KEY: Final = re.compile(rb"[A-Za-z][A-Za-z0-9.\-+@_#]{0,62}")
 _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,19}")
 _HEX: Final = re.compile(r"0[xX]([0-9A-Fa-f]+)")
@@ -77,15 +82,16 @@ def decode(data: bytes | bytearray | memoryview) -> list[Pair]:
         ``(key, value)`` for each pair; the value may be empty.
 
     Raises:
-        FormatError: a pair has no ``=``, its key isn't 1 to 63 allowed characters, or its value is longer than
-            `MAX_VALUE_LENGTH`.
+        FormatError: a pair has no ``=``, its key isn't 1 to 63 allowed characters, its value is longer than
+            `MAX_VALUE_LENGTH`, or there are more than `MAX_PAIRS`.
 
     Source: RFC 7143 §6.1.
     """
-    pairs = []
-    for piece in bytes(data).split(b"\0"):
-        if not piece:
-            continue
+    pairs: list[Pair] = []
+    for match in _PIECE.finditer(data):
+        if len(pairs) == MAX_PAIRS:
+            raise FormatError(f"more than {MAX_PAIRS} keys in one text")
+        piece = bytes(match[0])
         key, equals, value = piece.partition(b"=")
         if not equals:
             raise FormatError(f"text without '=': {_shorten(piece.decode('ascii', 'backslashreplace'))}")

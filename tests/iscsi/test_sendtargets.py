@@ -266,6 +266,15 @@ def test_text_beyond_the_limit() -> None:
         one.receive(TextResponse(itt=77, final=False, cont=True, ttt=5, data=b"x"))
 
 
+@pytest.mark.conformance(43)
+def test_more_keys_than_anybody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MAX_PAIRS", 3)
+    one = exchange()
+    one.receive(TextResponse(itt=77, final=False, ttt=5, data=b"A=1\0" * 2))
+    with pytest.raises(FormatError, match="more than 3 keys in the answer"):
+        one.receive(TextResponse(itt=77, final=False, ttt=5, data=b"A=1\0" * 2))
+
+
 @pytest.mark.conformance("B4")
 @pytest.mark.parametrize("cont", [True, False])
 def test_responses_for_ever(monkeypatch: pytest.MonkeyPatch, cont: bool) -> None:

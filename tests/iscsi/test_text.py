@@ -56,6 +56,14 @@ def test_decode_refuses(data: bytes, complaint: str) -> None:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.conformance(43)
+def test_decode_takes_so_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MAX_PAIRS", 3)
+    assert len(text.decode(b"A=1\0" * 3 + bytes(5))) == 3
+    with pytest.raises(FormatError, match="more than 3 keys in one text"):
+        text.decode(b"A=1\0" * 4)
+
+
 @pytest.mark.conformance("B12")
 @given(st.binary(max_size=300))
 def test_decode_of_anything_gives_pairs_or_a_format_error(data: bytes) -> None:
