@@ -4,6 +4,7 @@ It is written on its own, from the standard, and shares no code with the initiat
 the other. Source: RFC 7143 §12.1.3; RFC 1994.
 """
 
+import base64
 import hashlib
 import hmac
 import secrets
@@ -17,7 +18,6 @@ from iscsifuse.testing.config import ChapPolicy
 __all__ = ["ChapRefusedError", "ChapTarget"]
 
 _HASHES = {5: "md5", 6: "sha1", 7: "sha256", 8: "sha3_256"}
-_CHALLENGE_LENGTH = 24
 _MAX_CHALLENGE = 1024
 
 
@@ -57,13 +57,16 @@ class ChapTarget:
             if choice in known:
                 self._algorithm = known[choice]
                 self._identifier = secrets.randbelow(256)
-                self._challenge = secrets.token_bytes(_CHALLENGE_LENGTH)
+                self._challenge = secrets.token_bytes(self._policy.challenge_length)
                 return [
                     ("CHAP_A", choice),
                     ("CHAP_I", str(self._identifier)),
-                    ("CHAP_C", text.hex_encode(self._challenge)),
+                    ("CHAP_C", self._encoded(self._challenge)),
                 ]
         raise ChapRefusedError(f"no known algorithm among {offered}")
+
+    def _encoded(self, value: bytes) -> str:
+        return "0b" + base64.b64encode(value).decode() if self._policy.base64 else text.hex_encode(value)
 
     def _hash(self, identifier: int, secret: bytes, challenge: bytes) -> bytes:
         function = hashlib.new(_HASHES[self._algorithm], usedforsecurity=False)
@@ -89,4 +92,4 @@ class ChapTarget:
         if challenge == self._challenge or not self._policy.target_secret:
             raise ChapRefusedError("our own challenge came back, or we have no secret to prove")
         proof = self._hash(identifier, self._policy.target_secret, challenge)
-        return [("CHAP_N", self._policy.target_name), ("CHAP_R", text.hex_encode(proof))]
+        return [("CHAP_N", self._policy.target_name), ("CHAP_R", self._encoded(proof))]

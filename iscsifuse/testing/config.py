@@ -65,6 +65,8 @@ class ChapPolicy:
         target_secret: its secret; without one it doesn't prove who it is.
         algorithms: those it knows: 5 MD5, 6 SHA1, 7 SHA-256, 8 SHA3-256.
         required: False lets those in who offer AuthMethod=None only.
+        challenge_length: bytes of CHAP_C.
+        base64: binary values are sent in base64, not in hexadecimal digits.
     """
 
     users: dict[str, bytes] = field(repr=False)
@@ -72,6 +74,8 @@ class ChapPolicy:
     target_secret: bytes = field(default=b"", repr=False)
     algorithms: tuple[int, ...] = (5, 6, 7, 8)
     required: bool = True
+    challenge_length: int = 24
+    base64: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,9 @@ class TargetConfig:
         reorder: a seed; commands that are ready are executed in random order. None is first come, first served.
         latency: seconds that every SCSI command takes at least; commands wait side by side.
         text_chunk: bytes of one Text Response at most; 0 is what the initiator takes.
+        login_chunk: bytes of one Login Response at most; a longer text travels in pieces, with C=1.
+        login_keys: keys in one Login Response at most; the others follow in the next ones, and T=1 with the last.
+            0 is all at once.
         login_attention: the unit attention of a new session.
         nop_interval: seconds between pings to an initiator; 0 is none.
         record: keep a ledger of what was executed (it grows without end).
@@ -163,6 +170,8 @@ class TargetConfig:
     reorder: int | None = None
     latency: float = 0.0
     text_chunk: int = 0
+    login_chunk: int = 8192
+    login_keys: int = 0
     login_attention: LoginAttention = LoginAttention.STANDARD
     nop_interval: float = 0.0
     record: bool = True

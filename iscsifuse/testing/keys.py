@@ -45,6 +45,7 @@ class Agreed:
 
 
 _LENGTHS = (512, 0xFFFFFF)
+_ANSWERS = ("NotUnderstood", "Irrelevant", "Reject")
 
 
 class OperationalKeys:
@@ -95,11 +96,11 @@ class OperationalKeys:
             if key in self.seen:
                 raise FormatError(f"{key} comes a second time")
             self.seen.add(key)
+            if key in dict(self._ours.extra) or value in _ANSWERS:
+                continue  # an answer to what this target, or a script, proposed: none that it has to answer
             handler = self._handlers.get(key)
             if handler is None:
-                # An answer to a key that this target proposed is none that it has to answer.
-                if key not in dict(self._ours.extra):
-                    answers.append((key, "NotUnderstood"))
+                answers.append((key, "NotUnderstood"))
                 continue
             reply = handler(value)
             if reply is not None:

@@ -5,14 +5,15 @@
     first request ── names? ── redirected? ──┬─ CSG 0: security ──T──┬─ CSG 1: operational ──T──> full feature phase
                                              └───────────────────────┘        (or from CSG 0 at once)
 
-Text that comes with C=1 is answered with an empty response until it is whole. A request that is refused gets a
+Text that comes with C=1 is answered with an empty response until it is whole. What this target has to say goes out in
+one response, unless it is told to be long-winded (``login_chunk``, ``login_keys``). A request that is refused gets a
 response with a status, and the connection ends. What was agreed takes effect after the last response, which this
 module makes and its caller sends: between the two the caller replaces the session that this one reinstates.
 
 Source: RFC 7143 §6.3 (login), §11.12, §11.13 (fields and statuses), §12 (security keys).
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
@@ -92,6 +93,8 @@ class LoginPhase:
         self._chap: ChapTarget | None = None
         self._method = ""
         self._keys: OperationalKeys | None = None
+        # What is still to be told: pieces of text, and whether the text goes on after each.
+        self._unsaid: deque[tuple[bytes, bool]] = deque()
 
     async def run(self) -> LoggedIn:
         """Carry the login through.
@@ -138,8 +141,11 @@ class LoginPhase:
         redirect = self._node.redirect if self._node is not None else None
         if redirect is not None and redirect.after_chap and self._authenticated:
             await self._redirect(pdu)
+        self._unsaid.extend(self._pieces(answers))
+        data, cont = self._unsaid.popleft() if self._unsaid else (b"", False)
+        transit = transit and not cont and not self._unsaid
         if not (transit and pdu.nsg == Stage.FULL_FEATURE_PHASE):
-            self._wire.send(self._response(pdu, answers, transit=transit))
+            self._wire.send(self._response(pdu, data, cont=cont, transit=transit))
             return None
         identity = SessionIdentity(
             initiator_name=self._initiator_name,
@@ -148,7 +154,7 @@ class LoginPhase:
             tsih=self._new_tsih(),
             cid=pdu.cid,
         )
-        final = self._response(pdu, answers, transit=True, tsih=identity.tsih)
+        final = self._response(pdu, data, transit=True, tsih=identity.tsih)
         return LoggedIn(
             identity=identity,
             agreed=keys.finish(),
@@ -230,11 +236,23 @@ class LoginPhase:
 
     # -- answering -------------------------------------------------------------------------------------------------
 
+    def _pieces(self, answers: list[Pair]) -> list[tuple[bytes, bool]]:
+        """The answers as they travel: all at once, a few keys at a time, or cut into segments that end with C=1."""
+        # The keys of one step of CHAP belong together.
+        at_once = self._config.login_keys if not any(key.startswith("CHAP_") for key, _ in answers) else 0
+        step = at_once or max(1, len(answers))
+        pieces = []
+        for start in range(0, len(answers), step):
+            cut = text.split(text.encode(answers[start : start + step]), self._config.login_chunk)
+            pieces += [(piece, True) for piece in cut[:-1]] + [(cut[-1], False)]
+        return pieces
+
     def _response(
         self,
         pdu: LoginRequest,
-        answers: list[Pair] | None = None,
+        data: bytes = b"",
         *,
+        cont: bool = False,
         transit: bool = False,
         tsih: int = 0,
         status: int = 0,
@@ -242,6 +260,7 @@ class LoginPhase:
         response = LoginResponse(
             itt=pdu.itt,
             transit=transit,
+            cont=cont,
             csg=pdu.csg,
             nsg=pdu.nsg if transit else 0,
             isid=pdu.isid,
@@ -251,14 +270,14 @@ class LoginPhase:
             max_cmd_sn=serial.add(pdu.cmd_sn, self._config.window - 1),
             status_class=status >> 8,
             status_detail=status & 0xFF,
-            data=text.encode(answers or []),
+            data=data,
         )
         self._stat_sn = serial.add(self._stat_sn, 1)
         return response
 
     async def _refuse(self, pdu: LoginRequest, status: int, answers: list[Pair] | None = None) -> NoReturn:
         """Send a response with this status, and end the connection."""
-        self._wire.send(self._response(pdu, answers, status=status))
+        self._wire.send(self._response(pdu, text.encode(answers or []), status=status))
         await self._wire.drain()
         self._wire.close()
         raise WireClosedError(f"login refused with status {status:#06x}")

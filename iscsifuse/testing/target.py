@@ -197,6 +197,11 @@ class LoopbackTarget:
     # -- what is in it ---------------------------------------------------------------------------------------------
 
     @property
+    def connections(self) -> int:
+        """How many connections are open, those that are logging in included."""
+        return len(self._wires)
+
+    @property
     def script(self) -> Script:
         """The faults."""
         return self.config.script

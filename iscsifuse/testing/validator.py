@@ -83,6 +83,7 @@ class Validator:
         self._tasks: dict[int, _Task] = {}
         self._recent: dict[int, Pdu] = {}
         self._pings: dict[int, NopIn] = {}
+        self._texts: dict[int, TextResponse] = {}
         self._logged_out = False
 
     # -- what comes ------------------------------------------------------------------------------------------------
@@ -168,8 +169,7 @@ class Validator:
             case NopOut():
                 yield from self._nop_out(pdu)
             case TextRequest():
-                if pdu.cont and pdu.final:
-                    yield "C=1 with F=1"
+                yield from self._text(pdu)
             case TaskManagementRequest():
                 yield from self._task_management(pdu)
             case LogoutRequest():
@@ -221,6 +221,21 @@ class Validator:
             yield f"an answer to a ping with TTT {pdu.ttt:#x}, which wasn't sent"
         elif ping.lun != pdu.lun:
             yield f"an answer to a ping with LUN {pdu.lun.hex()}, not the ping's"
+
+    def _text(self, pdu: TextRequest) -> Iterator[str]:
+        """Source: RFC 7143 §11.10.4: the tag and the LUN of the response go back as they were."""
+        if pdu.cont and pdu.final:
+            yield "C=1 with F=1"
+        answered = self._texts.pop(pdu.itt, None)
+        if pdu.ttt == RESERVED_TAG:
+            return
+        if answered is None:
+            yield f"TTT {pdu.ttt:#x} in a request that answers no response"
+        elif (pdu.ttt, pdu.lun) != (answered.ttt, answered.lun):
+            yield (
+                f"TTT {pdu.ttt:#x} and LUN {pdu.lun.hex()}, but the response had {answered.ttt:#x} and "
+                f"{answered.lun.hex()}"
+            )
 
     def _task_management(self, pdu: TaskManagementRequest) -> Iterator[str]:
         if pdu.data:
@@ -324,6 +339,8 @@ class Validator:
             case TextResponse():
                 if pdu.final:
                     self._end(pdu.itt)
+                else:
+                    self._texts[pdu.itt] = pdu
             case TaskManagementResponse():
                 self._abort(pdu.itt)
                 self._end(pdu.itt)

@@ -394,6 +394,7 @@ def test_data_that_was_in_flight_when_its_task_ended_is_welcome() -> None:
             "an answer to a ping with LUN 0001000000000000, not the ping's",
         ),
         (TextRequest(itt=3, cont=True, cmd_sn=10, exp_stat_sn=5), "C=1 with F=1"),
+        (TextRequest(itt=3, ttt=8, cmd_sn=10, exp_stat_sn=5), "TTT 0x8 in a request that answers no response"),
         (TaskManagementRequest(itt=3, data=b"x", function=2, cmd_sn=10, exp_stat_sn=5), "a data segment"),
         (
             TaskManagementRequest(itt=3, function=5, referenced_task_tag=1, cmd_sn=10, exp_stat_sn=5),
@@ -426,6 +427,14 @@ def test_abort_task_rules(change: dict[str, object], sentence: str, answered: bo
     if answered:
         scene.put(GOOD)
     one(scene.got(replace(abort, **change)), sentence)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"ttt": 9}, {"lun": b"\0\1" + bytes(6)}])
+def test_text_requests_go_on_as_they_were_answered(change: dict[str, object]) -> None:
+    request = TextRequest(itt=3, cmd_sn=10, exp_stat_sn=5)
+    response = TextResponse(itt=3, final=False, ttt=8, stat_sn=5, exp_cmd_sn=11, max_cmd_sn=20)
+    scene = Scene().got(request).put(response)
+    one(scene.got(replace(request, **{"ttt": 8, "cmd_sn": 11, **change})), "but the response had 0x8 and 0000")  # type: ignore[arg-type]
 
 
 def test_what_is_allowed() -> None:
