@@ -10,6 +10,7 @@
      ├── LoginError                     ECONNREFUSED  the target, or we, ended the login phase
      │    ├── LoginTimeoutError         ETIMEDOUT
      │    ├── AuthenticationError       EACCES   CHAP failed, in either direction
+     │    │    └── NoChapError          EACCES   ... the target doesn't do CHAP at all
      │    └── NothingFoundError         ENOENT   no such target, no such LUN, no disk at all
      ├── ProtocolError                  EPROTO   the other side broke RFC 7143
      │    ├── FormatError                        a PDU or a text key can't be parsed
@@ -52,6 +53,7 @@ __all__ = [
     "MediumError",
     "MountError",
     "NegotiationError",
+    "NoChapError",
     "NoMediumError",
     "NoSpaceError",
     "NothingFoundError",
@@ -126,6 +128,10 @@ class AuthenticationError(LoginError):
 
     errno = _errno.EACCES
     exit_code = 24
+
+
+class NoChapError(AuthenticationError):
+    """The target answered our CHAP with something else, such as AuthMethod=None."""
 
 
 class NothingFoundError(LoginError):

@@ -8,7 +8,14 @@ from dataclasses import replace
 
 import trio
 
-from iscsifuse.errors import AuthenticationError, ConnectError, LoginTimeoutError, ProtocolError, SessionLostError
+from iscsifuse.errors import (
+    AuthenticationError,
+    ConnectError,
+    LoginTimeoutError,
+    NoChapError,
+    ProtocolError,
+    SessionLostError,
+)
 from iscsifuse.initiator.login import LoggedIn, log_in, login_config, make_isid
 from iscsifuse.initiator.settings import DiscoveredTarget, Portal, SessionSettings, TargetPortal
 from iscsifuse.initiator.transport import Transport
@@ -59,14 +66,16 @@ async def _log_in(portal: Portal, settings: SessionSettings) -> LoggedIn:
     """Log in for discovery: with CHAP where the user gave a secret, and else without.
 
     Many targets have accounts for their disks and none for discovery, and refuse CHAP there. A list of names is no
-    secret, and each target on it still has to pass the user's CHAP before it gets a command.
+    secret, and each target on it still has to pass the user's CHAP before it gets a command. But one that takes part
+    in CHAP and does it wrong (it can't prove itself, or reflects our challenge) is asked for nothing any more.
     """
     config = login_config(settings, None)
     try:
         return await log_in(portal, config, isid=make_isid(), limit=settings.login_timeout)
     except AuthenticationError as refused:
-        if settings.chap is None:
+        if settings.chap is None or not (refused.status or isinstance(refused, NoChapError)):
             raise
+        log.info("%s; asking it for its targets without", refused)
         try:
             plain = replace(config, chap=None)
             return await log_in(portal, plain, isid=make_isid(), limit=settings.login_timeout)
@@ -98,6 +107,8 @@ class _Conversation:
             await transport.flush()
             if self._events:
                 return self._events.pop(0)
+            # A portal that always has something to say must not talk us past the time limit.
+            await trio.lowlevel.checkpoint()
             count = transport.receive_now(connection.buffers())
             if count is None:
                 await transport.wait_readable()
@@ -139,9 +150,11 @@ def _targets(pairs: list[tuple[str, str]], portal: Portal) -> list[DiscoveredTar
     for warning in warnings:
         log.warning("%s", warning)
     return [
-        DiscoveredTarget(
-            record.name,
-            tuple(TargetPortal(Portal(a.host, a.port), 1 if a.tag is None else a.tag) for a in record.addresses),
-        )
-        for record in records
+        DiscoveredTarget(record.name, tuple(_portal(address) for address in record.addresses)) for record in records
     ]
+
+
+def _portal(address: sendtargets.TargetAddress) -> TargetPortal:
+    """A portal as it was listed; where its group wasn't told, it is shown as group 1, and expected in any."""
+    portal = Portal(address.host, address.port, address.tag)
+    return TargetPortal(portal, 1 if address.tag is None else address.tag)

@@ -6,6 +6,7 @@
     (opening) ─────────────> LOGGED_IN ─────────────────────> LOST ──┐
                                  ^                              │    │ attempt fails: back off, try the next portal
                                  └──── login ok, disks proven ──┘<───┘
+                                                                └──────> REFUSED: every portal said no for good
                                  close() from anywhere ──> CLOSED
 
 A command that is carried out while the session is lost waits for the next one, and one that was under way is sent
@@ -18,34 +19,36 @@ examined holds up no other; it is asked again from time to time, and its command
 session: targets often let in before all of their disks are there.
 
 Waiting has an end: ``reconnect_timeout`` seconds after the session was lost, waiters get an error, and later ones get
-it at once, until a login works again. The attempts go on; the mount heals by itself.
+it at once, until a login works again. The attempts go on; the mount heals by itself. But a portal that refuses the
+login by a status of class 2 (the fault is ours, it says) isn't asked again; when none is left, that is the end.
 
-Source: RFC 7143 §6.3.5, §7.4-7.6.
+Source: RFC 7143 §6.3.5, §7.4-7.6, §11.13.5.
 """
 
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from enum import Enum
 
 import trio
 
-from iscsifuse.errors import (
-    ConnectError,
-    IdentityError,
-    IscsifuseError,
-    LoginError,
-    LoginTimeoutError,
-    SessionLostError,
-)
+from iscsifuse.errors import IdentityError, IscsifuseError, LoginError, NothingFoundError, SessionLostError
 from iscsifuse.initiator.groups import plain_errors
-from iscsifuse.initiator.login import LoggedIn, log_in, login_config, make_isid
+from iscsifuse.initiator.login import (
+    LoggedIn,
+    log_in,
+    log_in_somewhere,
+    login_config,
+    make_isid,
+    refuses_us,
+)
 from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.settings import Portal, SessionSettings
 from iscsifuse.initiator.statistics import CommandStatistics
-from iscsifuse.iscsi.parameters import LoginConfig, NegotiatedParameters
+from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.tasks import Task
 from iscsifuse.scsi import cdb as cdbs
 
@@ -76,6 +79,7 @@ class NexusState(Enum):
 
     LOGGED_IN = "logged in"
     LOST = "lost"
+    REFUSED = "refused"
     CLOSED = "closed"
 
 
@@ -377,28 +381,52 @@ class Nexus:
         """Log in again, however long it takes; whether it worked before `close`."""
         wait_until = trio.current_time() + min(time2wait, LONGEST_TIME2WAIT)
         delay = FIRST_BACK_OFF
-        attempt = 0
+        portals = deque(self._portals)  # but for those that said that they won't have us
         while True:
             with trio.CancelScope(deadline=wait_until):
                 await self._changed.wait()  # close() interrupts the wait
             if self.state is not NexusState.LOST:
                 return False
-            portal = self._portals[attempt % len(self._portals)]
-            attempt += 1
             try:
                 login = await log_in(
-                    portal,
+                    portals[0],
                     login_config(self.settings, self.target_name),
                     isid=self._isid,
                     limit=self.settings.login_timeout,
                 )
             except IscsifuseError as error:
                 self._note_failure(error)
+                if self._is_final(error):
+                    portals.popleft()
+                    if not portals:
+                        await self._refused()
+                        return False
+                    continue
+                if isinstance(error, NothingFoundError):
+                    delay = LAST_BACK_OFF
             else:
                 if await self._resume(nursery, login):
                     return True
+            portals.rotate(-1)
             wait_until = trio.current_time() + delay * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, no secret
             delay = min(delay * 2, LAST_BACK_OFF)
+
+    def _is_final(self, error: IscsifuseError) -> bool:
+        """Whether a portal that answered so is not to be asked again. Source: RFC 7143 §11.13.5, status class 2.
+
+        "Not found" alone is final only when the waiting is over: it had the target once, and a target daemon that is
+        started again listens before its targets are there. Until then it is asked seldom.
+        """
+        if isinstance(error, NothingFoundError) and trio.current_time() < self._give_up_at:
+            return False
+        return refuses_us(error)
+
+    async def _refused(self) -> None:
+        """No portal will have us any more: everybody is told at once, and nothing is tried until `close`."""
+        self._enter(NexusState.REFUSED)
+        log.error("%s: the target refuses us, so no more logins are tried; unmount it", self.target_name)
+        while self.state is NexusState.REFUSED:
+            await self._changed.wait()
 
     def _note_failure(self, error: IscsifuseError) -> None:
         words = str(error)
@@ -450,16 +478,6 @@ class Nexus:
                     return
 
 
-async def _first_login(portals: Sequence[Portal], config: LoginConfig, *, isid: bytes, limit: float) -> LoggedIn:
-    """The first login that works, portal by portal; only a portal that can't be reached makes room for the next."""
-    for portal in portals[:-1]:
-        try:
-            return await log_in(portal, config, isid=isid, limit=limit)
-        except (ConnectError, LoginTimeoutError) as error:
-            log.warning("%s; trying the next portal", error)
-    return await log_in(portals[-1], config, isid=isid, limit=limit)
-
-
 @asynccontextmanager
 async def open_nexus(
     target_name: str,
@@ -487,7 +505,7 @@ async def open_nexus(
     """
     isid = make_isid()
     config = login_config(settings, target_name)
-    login = await _first_login(portals, config, isid=isid, limit=settings.login_timeout)
+    login = await log_in_somewhere(portals, config, isid=isid, limit=settings.login_timeout)
     nexus = Nexus(target_name, portals, settings, statistics or CommandStatistics(), login, isid)
     with plain_errors():
         async with trio.open_nursery() as nursery:

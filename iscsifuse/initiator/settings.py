@@ -16,10 +16,13 @@ class Portal:
     Attributes:
         host: a host name, an IPv4 address, or an IPv6 address without brackets.
         port: TCP port.
+        tag: the target portal group that discovery or a redirection said it belongs to, or None; two portals are
+            the same whatever their tags.
     """
 
     host: str
     port: int = DEFAULT_PORT
+    tag: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

@@ -41,6 +41,7 @@ from iscsifuse.errors import (
     IscsifuseError,
     LoginError,
     NegotiationError,
+    NoChapError,
     NothingFoundError,
     ProtocolError,
 )
@@ -418,6 +419,8 @@ class LoginMachine:
         method = keys.get(_AUTH_METHOD)
         if early := keys.keys() - {_AUTH_METHOD}:
             raise AuthenticationError(f"CHAP failed: the target sent {', '.join(sorted(early))} before its turn")
+        if method == "NotUnderstood":
+            raise NegotiationError("the target doesn't understand AuthMethod, which every target must")
         if self._chap is None:
             if method not in (None, "None"):
                 raise AuthenticationError("the target asks for CHAP; give --chap-user and a secret")
@@ -425,7 +428,7 @@ class LoginMachine:
         if method is None:
             return []
         if method != "CHAP":
-            raise AuthenticationError(
+            raise NoChapError(
                 f"the target doesn't do CHAP, which --chap-user asks for: it answered '{printable(method, limit=60)}'"
             )
         self.state = LoginState.CHAP

@@ -111,7 +111,9 @@ def portals_of(target: DiscoveredTarget, typed: Portal) -> tuple[Portal, ...]:
         first = typed in listed
     except ValueError:
         first = True
-    return tuple(dict.fromkeys((typed, *listed) if first else (*listed, typed)))
+    places = (typed, *listed) if first else (*listed, typed)
+    known = {portal: portal for portal in listed}  # these know their portal groups; what was typed doesn't
+    return tuple(dict.fromkeys(known.get(portal, portal) for portal in places))
 
 
 @asynccontextmanager
