@@ -21,6 +21,7 @@ from iscsifuse.initiator.settings import DiscoveredTarget, Portal, SessionSettin
 from iscsifuse.initiator.transport import Transport
 from iscsifuse.iscsi import sendtargets
 from iscsifuse.iscsi.connection import Connection, Event
+from iscsifuse.iscsi.names import printable
 from iscsifuse.iscsi.request import LogoutRequest
 from iscsifuse.iscsi.response import AsyncMessage, LogoutResponse, NopIn, Reject, TextResponse
 
@@ -130,6 +131,10 @@ async def _ask(talk: _Conversation) -> list[tuple[str, str]]:
                 talk.connection.request(more)
         elif not isinstance(event, NopIn | AsyncMessage):  # what a message wants is done soon: we log out
             raise ProtocolError(f"the target sent a {type(event).__name__} in a discovery session")
+    for key, value in exchange.pairs:
+        if key == "SendTargets":  # not a key of an answer, but the answer itself: Reject, NotUnderstood, Irrelevant
+            said = printable(value, limit=80)
+            raise ProtocolError(f"{talk.transport.portal} doesn't tell its targets: it answered SendTargets={said}")
     return exchange.pairs
 
 
