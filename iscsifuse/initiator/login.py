@@ -229,8 +229,6 @@ def _first(received: bytearray, portal: Portal) -> tuple[Pdu, int] | None:
 
 async def _receive(transport: Transport, chunk: memoryview) -> memoryview:
     """The next bytes, at least one."""
-    # A target that always has something to say must not talk us past the time limit.
-    await trio.lowlevel.checkpoint()
     while True:
         count = transport.receive_now([chunk])
         if count is None:

@@ -300,12 +300,12 @@ async def test_a_portal_that_talks_without_a_pause(wants_answer: bool, monkeypat
         if not state["flood"]:
             return receive_now(self, buffers)
         state["calls"] += 1
-        if state["calls"] > 300_000:
+        if state["calls"] > 1000:
             return 0  # so that a broken product fails, and doesn't hang
         for buffer in buffers:
-            for index in range(len(buffer)):
-                buffer[index] = endless[state["at"] % len(endless)]
-                state["at"] += 1
+            start = state["at"] % len(endless)
+            state["at"] += len(buffer)
+            buffer[:] = (endless * (len(buffer) // len(endless) + 2))[start : start + len(buffer)]
         return sum(map(len, buffers))
 
     monkeypatch.setattr(Transport, "receive_now", flooded)
