@@ -11,6 +11,8 @@ How it thinks:
 
 - `TextExchange` is the sequence of PDUs. It holds until F=1. A Target Transfer Tag with F=0 is the target's handle
   for "there is more" and goes back verbatim, with the LUN. Bytes and PDUs of one exchange are bounded.
+- The text is joined up to the last response, whatever the C bits say: tgt cuts a long answer inside of a pair and
+  leaves C=0. Where a response ends with a pair, as C=0 promises, joining is the same.
 - `parse` is the text. One bad entry must not hide the good ones: what can't be used is dropped and comes back as a
   warning, in one printable sentence.
 
@@ -235,9 +237,7 @@ class TextExchange:
         if not pdu.final and pdu.ttt == RESERVED_TAG:
             raise ProtocolError("a Text Response that is not final, without a Target Transfer Tag to go on with")
         # A tag in a final response has no meaning and is not looked at.
-        self._pairs += self._assembler.add(pdu.data, cont=pdu.cont) or []
-        if len(self._pairs) > text.MAX_PAIRS:
-            raise FormatError(f"more than {text.MAX_PAIRS} keys in the answer to one Text Request")
+        self._pairs = self._assembler.add(pdu.data, cont=not pdu.final) or []
         if pdu.final:
             self._done = True
             return None

@@ -88,10 +88,10 @@ async def test_the_first_text_request() -> None:
 
 
 @pytest.mark.conformance(37)
-@pytest.mark.parametrize("cont", [True, False])
+@pytest.mark.parametrize(("cut", "cont"), [("in a pair", True), ("in a pair", False), ("after a pair", False)])
 @pytest.mark.parametrize("tag", [0, 1, 0xFFFFFFFE])
-async def test_an_answer_in_several_responses(cont: bool, tag: int) -> None:
-    """37: F=0 with a TTT and a LUN → both and the ITT go back; the answer is joined, C=1 inside of a pair or not."""
+async def test_an_answer_in_several_responses(cut: str, cont: bool, tag: int) -> None:
+    """37: F=0 with a TTT and a LUN → both and the ITT go back; the answer is joined, even if C=0 inside of a pair."""
     whole = text.encode(
         [
             ("TargetName", f"{PREFIX}:a"),
@@ -100,11 +100,11 @@ async def test_an_answer_in_several_responses(cont: bool, tag: int) -> None:
             ("TargetName", f"{PREFIX}:b"),
         ]
     )
-    cut = 20 if cont else whole.index(b"\0", 60) + 1
+    at = 20 if cut == "in a pair" else whole.index(b"\0", 60) + 1
     lun = bytes(range(8))
     config = _nodes(1)
-    _change(config, 1, lambda pdu: replace(pdu, final=False, cont=cont, ttt=tag, lun=lun, data=whole[:cut]))
-    _change(config, 2, lambda pdu: replace(pdu, final=True, cont=False, ttt=RESERVED_TAG, data=whole[cut:]))
+    _change(config, 1, lambda pdu: replace(pdu, final=False, cont=cont, ttt=tag, lun=lun, data=whole[:at]))
+    _change(config, 2, lambda pdu: replace(pdu, final=True, cont=False, ttt=RESERVED_TAG, data=whole[at:]))
     heard = listen(config)
     async with serving(config) as target:
         found = await _discover(target)
@@ -263,15 +263,16 @@ def _traced(really: bool = True) -> Iterator[list[int]]:
     [
         (b"x" * 262144, True, "more than 16777216 bytes of text"),
         (bytes(262144), True, "more than 16777216 bytes of text"),
-        (bytes(262144), False, "more than 16777216 bytes of text"),
-        (b"A=\0" * 80000, False, "more than 131072 keys"),
+        (b"A=\0" * 80000, False, "more than 16777216 bytes of text"),
+        (b"A=\0" * 80000, None, "more than 131072 keys in one text"),
     ],
-    ids=["a value", "nothing, C=1", "nothing", "keys"],
+    ids=["a value", "nothing", "keys", "keys that end"],
 )
-async def test_an_answer_without_an_end(piece: bytes, cont: bool, words: str) -> None:
-    """43, B4: F=0 for ever, with text in it → given up when it is too much, and memory stays bounded."""
+async def test_an_answer_without_an_end(piece: bytes, cont: bool | None, words: str) -> None:
+    """43, B4: F=0 for ever, or just too much text → given up, and memory stays bounded."""
     config = _nodes(1)
-    _change(config, 1, lambda pdu: replace(pdu, final=False, cont=cont, ttt=7, data=piece), times=0)
+    times = 5 if cont is None else 0
+    _change(config, 1, lambda pdu: replace(pdu, final=False, cont=bool(cont), ttt=7, data=piece), times=times)
     with _traced() as peak:
         await _gives_up(config, FormatError, words, limit=60)
     assert peak[0] < 96 << 20, peak
