@@ -143,9 +143,10 @@ async def test_targets_tgt_connections_that_are_closed_under_way(tgt_server: Tgt
         async def close() -> None:
             for _ in range(2):
                 await trio.sleep(0.05)
+                before = nexus.reconnects
                 for connection in await trio.to_thread.run_sync(tgt_server.connections):
                     await trio.to_thread.run_sync(tgt_server.close_connection, connection)
-                await _reconnected(nexus, nexus.reconnects)
+                await _reconnected(nexus, before)
 
         assert await at_once(lambda: _exercise(unit, image), close, within=28) == [None, None]
         assert nexus.reconnects == 2
