@@ -8,10 +8,13 @@ it; then its task sleeps until the reader wakes it. There is no hop through a qu
 on: the target may still read from or write into the command's memory, so `execute` ends only with the status, the
 deadline, or the session (each of which is sure to come).
 
-**Time.** A command past its deadline is aborted (ABORT TASK); an abort that isn't answered ends the session. A
-connection on which nothing came for a while is pinged; a ping that isn't answered, by whatever bytes, ends it too.
+**Time.** A command past its deadline is aborted (ABORT TASK), one after the other; an abort that is refused, or not
+answered, ends the session. A connection on which nothing came for a while is pinged; a ping that isn't answered, by
+whatever bytes, ends it too.
 
-Source: RFC 7143 §4.2, §7, §11.5, §11.9, §11.18.
+**Room.** What a target asks for (data, answers to pings) waits here while it doesn't read; there is a bound to that.
+
+Source: RFC 7143 §4.2, §7, §11.5, §11.9, §11.17-11.18.
 """
 
 import contextlib
@@ -35,13 +38,14 @@ from iscsifuse.initiator.loop import Glance, Loop
 from iscsifuse.initiator.settings import SessionSettings
 from iscsifuse.initiator.statistics import CommandRow, CommandStatistics
 from iscsifuse.iscsi.connection import Connection, Event
-from iscsifuse.iscsi.request import LogoutRequest, NopOut, TaskFunction, TaskManagementRequest
+from iscsifuse.iscsi.request import DataOut, LogoutRequest, NopOut, TaskFunction, TaskManagementRequest
 from iscsifuse.iscsi.response import (
     AsyncEvent,
     AsyncMessage,
     LogoutResponse,
     NopIn,
     Reject,
+    RejectReason,
     TaskManagementResponse,
     TaskResponse,
 )
@@ -61,6 +65,8 @@ ABORT_LIMIT = 10.0
 """Seconds that a target has to answer a task management function."""
 LOGOUT_LIMIT = 5.0
 """Seconds that it has to answer a logout."""
+BACKLOG_LIMIT = 16 << 20
+"""Bytes that may wait for a target that doesn't read, besides the data of the writes that are under way."""
 _TICK = 1.0
 _RECEIVES_PER_TURN = 16
 _QUICK = 64 * 1024
@@ -119,7 +125,7 @@ class Session:
         self._logging_out = False
         self._idle = trio.Event()  # set once nothing is under way any more after the logout began
         self._logged_out = trio.Event()
-        self._aborts: dict[int, tuple[Task, float]] = {}
+        self._abort: tuple[int, Task, float] | None = None  # the one that is under way: its tag, of whom, since when
         self._ping: float | None = None
         self.transport.on_broken = self.fail
 
@@ -236,6 +242,7 @@ class Session:
         if task.buffer_out is not None and (error is not None or task.status != _GOOD) and self.transport.pending:
             # It ended before all of its data was sent. What the target throws away may still wait for the socket.
             self.transport.own_pending()
+            self._check_backlog()
         if error is not None:
             if isinstance(error, SessionLostError):
                 raise SessionLostError(str(error))
@@ -376,38 +383,48 @@ class Session:
     def _expire(self, now: float) -> None:
         """Abort commands whose deadline has passed; give up the session where that isn't answered either."""
         limit = self._settings.timeout
-        for _, since in self._aborts.values():
-            if now - since >= ABORT_LIMIT:
-                self._time_out_aborted()
-                self.fail(SessionLostError(f"{self.transport.portal} did not answer the abortion of a command"))
-                return
         for task in list(self.connection.queue):
             if now - task.started < limit:
                 break
             self.connection.abandon(task, CommandTimeoutError(f"the target took no command for {limit:g} seconds"))
             self._end(task, now)
-        aborting = {id(task) for task, _ in self._aborts.values()}
-        for task in list(self.connection.tasks.values()):
-            if now - task.started < limit:
-                break  # ordered by age
-            if id(task) not in aborting:
-                log.warning("%s took longer than %g seconds: aborting it", cdbs.name(task.cdb), limit)
-                itt = self.connection.request(
-                    TaskManagementRequest(
-                        function=TaskFunction.ABORT_TASK,
-                        lun=task.lun,
-                        referenced_task_tag=task.itt,
-                        ref_cmd_sn=task.cmd_sn,
-                    )
-                )
-                self._aborts[itt] = (task, now)
+        since = now if self._abort is None else self._abort[2]
+        oldest = next(iter(self.connection.tasks.values()), None)
+        if oldest is not None:  # one may have had to wait for the abortion of others
+            since = min(since, oldest.started + limit + _TICK)
+        if now - since >= ABORT_LIMIT:
+            self._time_out_late(now)
+            self.fail(SessionLostError(f"{self.transport.portal} did not answer the abortion of a command"))
+            return
+        self._abort_next(now)
         self._send()
         self._note_idle()
 
-    def _time_out_aborted(self) -> None:
+    def _abort_next(self, now: float) -> None:
+        """Abort the oldest command if its deadline has passed.
+
+        One at a time: a target takes few immediate requests at once (RFC 7143 §4.2.2.1), and each of these commands
+        may still end by itself. ABORT TASK SET is never sent: it would take those along that have time left.
+        """
+        task = next(iter(self.connection.tasks.values()), None)  # they are ordered by age
+        limit = self._settings.timeout
+        if task is None or self._abort is not None or now - task.started < limit:
+            return
+        log.warning("%s took longer than %g seconds: aborting it", cdbs.name(task.cdb), limit)
+        itt = self.connection.request(
+            TaskManagementRequest(
+                function=TaskFunction.ABORT_TASK,
+                lun=task.lun,
+                referenced_task_tag=task.itt,
+                ref_cmd_sn=task.cmd_sn,
+            )
+        )
+        self._abort = itt, task, now
+
+    def _time_out_late(self, now: float) -> None:
         """End the commands that can't be aborted: a new session won't do them any good, their time is over."""
-        for task, _ in self._aborts.values():
-            if not task.done:
+        for task in list(self.connection.tasks.values()):
+            if now - task.started >= self._settings.timeout:
                 self._time_out(task)
 
     def _time_out(self, task: Task) -> None:
@@ -442,18 +459,40 @@ class Session:
             elif isinstance(event, AsyncMessage):
                 self._on_async(event)
             elif isinstance(event, Reject):
-                raise ProtocolError(f"the target rejected a PDU (reason {event.reason:#04x})")
+                self._on_reject(event)
         self._note_idle()
 
     def _on_aborted(self, answer: TaskManagementResponse) -> None:
-        task, _ = self._aborts.pop(answer.itt, (None, 0.0))
-        if task is None or task.done:
+        itt, task, _ = self._abort or (-1, None, 0.0)
+        if task is None or answer.itt != itt:
             return
-        self._time_out(task)
-        if answer.response not in (TaskResponse.FUNCTION_COMPLETE, TaskResponse.TASK_DOES_NOT_EXIST):
-            self._time_out_aborted()
-            # It may go on with the command as long as the session lives.
-            raise ProtocolError(f"the target refused to abort a command (response {answer.response})")
+        self._abort = None
+        now = self._now()
+        if not task.done:
+            if answer.response not in (TaskResponse.FUNCTION_COMPLETE, TaskResponse.TASK_DOES_NOT_EXIST):
+                # It may go on with the command as long as the session lives.
+                self._time_out_late(now)
+                raise ProtocolError(f"the target refused to abort a command (response {answer.response})")
+            self._time_out(task)
+        self._abort_next(now)
+
+    def _on_reject(self, reject: Reject) -> None:
+        """Source: RFC 7143 §7.3, §11.17."""
+        if reject.reason == RejectReason.WAITING_FOR_LOGOUT:
+            self._leave("the target waits for a logout", within=1.0)
+            return
+        match reject.rejected:
+            case DataOut():  # the command ends with a response of its own
+                log.warning("the target rejected data of a write (reason %#04x)", reject.reason)
+            case NopOut():  # also a sign of life
+                log.info("the target rejected a ping (reason %#04x)", reject.reason)
+            case LogoutRequest():
+                self._logged_out.set()
+            case rejected:
+                if isinstance(rejected, TaskManagementRequest):
+                    self._time_out_late(self._now())
+                # A command's number would stay missing for ever: only a new session gets on.
+                raise ProtocolError(f"the target rejected a PDU (reason {reject.reason:#04x})")
 
     def _on_logout(self, answer: LogoutResponse) -> None:
         self.time2wait = answer.time2wait
@@ -487,6 +526,22 @@ class Session:
         if output:
             self.connection.output = []
             self.transport.send(output)
+            if self.transport.backlog > BACKLOG_LIMIT:
+                self._check_backlog()
+
+    def _check_backlog(self) -> None:
+        """End the session if more waits to be sent than the writes that are under way can account for.
+
+        They ask for each byte once; what is asked for again was received before, if the target can be believed.
+        """
+        waiting = self.transport.backlog
+        if waiting > BACKLOG_LIMIT + sum(len(task.buffer_out or b"") for task in self.connection.tasks.values()):
+            self.fail(
+                SessionLostError(
+                    f"{self.transport.portal} asks and asks, but doesn't read the answers "
+                    f"({waiting >> 20} MiB of them wait)"
+                )
+            )
 
     def _why(self) -> str:
         return str(self.error) if self.error is not None else "the session is being logged out"

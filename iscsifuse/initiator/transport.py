@@ -15,7 +15,7 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import trio
@@ -61,6 +61,7 @@ class Transport:
         self._sock = sock
         self._pending: deque[Buffer] = deque()
         self._blocked = False  # the writer task has, or will get, the turn
+        self._queued_to = 0  # ``bytes_sent`` once everything is sent; kept up to date only while blocked
         self._put_off = False  # the loop calls us before it sleeps
         self._loop = Loop.current()
         self._fd = sock.fileno()
@@ -98,6 +99,11 @@ class Transport:
         """Whether bytes wait for the socket to take them."""
         return bool(self._pending)
 
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait for a socket that takes no more: the other side doesn't read."""
+        return self._queued_to - self.bytes_sent if self._blocked else 0
+
     def send(self, buffers: list[Buffer]) -> None:
         """Send buffers, in order, after everything that was sent before.
 
@@ -107,7 +113,9 @@ class Transport:
         if self._closed:
             return
         self._pending.extend(buffers)
-        if not self._blocked:
+        if self._blocked:
+            self._queued_to += _total(buffers)
+        else:
             self._write()
 
     def send_soon(self, buffers: list[Buffer]) -> None:
@@ -115,7 +123,9 @@ class Transport:
         if self._closed:
             return
         self._pending.extend(buffers)
-        if not (self._blocked or self._put_off):
+        if self._blocked:
+            self._queued_to += _total(buffers)
+        elif not self._put_off:
             self._put_off = True
             self._loop.put_off(self._write_put_off)
 
@@ -146,6 +156,8 @@ class Transport:
                 sent = self._sock.sendmsg(islice(pending, _GATHER))
             except _WOULD_BLOCK:
                 self._blocked = True
+                if self._queued_to <= self.bytes_sent:  # what waited before, if anything did, has all been sent
+                    self._queued_to = self.bytes_sent + _total(pending)
                 if later:
                     self._loop.wake_soon(self._wake_the_writer)
                 else:
@@ -242,6 +254,10 @@ class Transport:
             self._loop.unwatch(self._fd)
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
+
+
+def _total(buffers: Iterable[Buffer]) -> int:
+    return sum(map(len, buffers))
 
 
 def _reason(error: OSError) -> str:

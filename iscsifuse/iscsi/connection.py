@@ -40,6 +40,7 @@ from iscsifuse.iscsi.framing import FrameReceiver
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import FINAL, RESERVED_TAG, Opcode, Pdu, decode, padding
 from iscsifuse.iscsi.request import (
+    DataOut,
     LogoutRequest,
     NopOut,
     TaskAttribute,
@@ -51,6 +52,7 @@ from iscsifuse.iscsi.response import (
     LogoutResponse,
     NopIn,
     Reject,
+    RejectReason,
     TaskManagementResponse,
     TextResponse,
 )
@@ -141,6 +143,8 @@ class Connection:
         self._data_in: Task | None = None
         self._data_in_status: tuple[int, int, int] | None = None  # flags, status, residual count
         self._response: Task | None = None
+        self._unanswered: dict[int, int] = {}  # R2Ts by tag whose data is still in ``output``
+        self._last_answer: tuple[int, Buffer | None] = (0, None)  # where in it, and what, the last one's data begins
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
@@ -465,7 +469,24 @@ class Connection:
         piece = task.take_r2t(
             r2t_sn=r2t_sn, offset=offset, length=length, max_burst_length=self.parameters.max_burst_length
         )
+        self._count_r2t(itt)
+        position = len(self.output)
         self._send_data(task, piece, ttt=ttt, offset=offset)
+        self._last_answer = position, self.output[position]
+
+    def _count_r2t(self, itt: int) -> None:
+        """Refuse more R2Ts for a command than may be unanswered at once. Source: RFC 7143 §13.17.
+
+        An R2T is surely unanswered while its data is still here; once that is handed over nobody can tell any more.
+        """
+        position, buffer = self._last_answer
+        if position >= len(self.output) or self.output[position] is not buffer:
+            self._unanswered.clear()
+        count = self._unanswered[itt] = self._unanswered.get(itt, 0) + 1
+        if count > self.parameters.max_outstanding_r2t:
+            raise ProtocolError(
+                f"{count} R2Ts at once for one command, where {self.parameters.max_outstanding_r2t} were agreed"
+            )
 
     def _on_other(self, segment: bytes) -> None:
         """Everything that isn't the daily traffic of reads and writes."""
@@ -479,7 +500,8 @@ class Connection:
             case AsyncMessage() | Reject():
                 self.window.update(exp_cmd_sn=pdu.exp_cmd_sn, max_cmd_sn=pdu.max_cmd_sn)
                 self._take_stat_sn(pdu.stat_sn)
-                self._events.append(pdu)
+                if isinstance(pdu, AsyncMessage) or self._is_news(pdu):
+                    self._events.append(pdu)
             case TaskManagementResponse() | LogoutResponse() | TextResponse():
                 self.window.update(exp_cmd_sn=pdu.exp_cmd_sn, max_cmd_sn=pdu.max_cmd_sn)
                 self._take_stat_sn(pdu.stat_sn)
@@ -487,6 +509,21 @@ class Connection:
                     self._events.append(pdu)
             case _:
                 raise ProtocolError(f"a PDU of opcode {pdu.OPCODE:#04x} has no place in the full feature phase")
+
+    def _is_news(self, pdu: Reject) -> bool:
+        """Whether somebody has to hear of a Reject. Source: RFC 7143 §7.3.
+
+        Of a data PDU only what makes a difference: its command is ended by a response in any case, and a success has
+        to account for the data that was thrown away. A request that was rejected gets no answer.
+        """
+        rejected = pdu.rejected
+        if isinstance(rejected, DataOut):
+            task = self.tasks.get(rejected.itt)
+            counted = task is not None and task.take_back(offset=rejected.buffer_offset, length=pdu.rejected_length)
+            return counted or pdu.reason == RejectReason.WAITING_FOR_LOGOUT
+        if rejected is not None and self._requests.get(rejected.itt) == rejected.OPCODE:
+            del self._requests[rejected.itt]
+        return True
 
     def _answers(self, pdu: Pdu) -> bool:
         """Whether a PDU answers a request of ours; the request is then over."""

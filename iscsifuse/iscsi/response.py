@@ -4,11 +4,13 @@ Each class packs and unpacks the 48 bytes of its own section; the fields are the
 """
 
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Self
 
-from iscsifuse.iscsi.pdu import FINAL, NO_LUN, RESERVED_TAG, Opcode, Pdu, register
+from iscsifuse.errors import FormatError
+from iscsifuse.iscsi.pdu import BHS_LENGTH, FINAL, NO_LUN, RESERVED_TAG, Opcode, Pdu, decode, register
 
 __all__ = [
     "R2T",
@@ -401,6 +403,19 @@ class Reject(TargetPdu):
 
     reason: int = RejectReason.PROTOCOL_ERROR
     data_sn: int = 0
+
+    @property
+    def rejected(self) -> Pdu | None:
+        """The rejected PDU without its data segment; None where what came of its header says nothing."""
+        with suppress(FormatError):
+            if len(self.data) >= BHS_LENGTH:
+                return decode(self.data[:4] + bytes(4) + self.data[8:BHS_LENGTH])
+        return None
+
+    @property
+    def rejected_length(self) -> int:
+        """Bytes of the data segment that the rejected PDU had; 0 where its header didn't come whole."""
+        return int.from_bytes(self.data[5:8], "big") if len(self.data) >= BHS_LENGTH else 0
 
     def header(self) -> bytes:
         """The basic header segment."""

@@ -181,6 +181,22 @@ class Task:
         self.solicited = ranges[0][1]
         self._ahead = ranges[1:]
 
+    def take_back(self, *, offset: int, length: int) -> bool:
+        """Data that was sent was thrown away: it doesn't count any more, unless an R2T asks for it again.
+
+        Returns:
+            Whether it counted.
+
+        Source: RFC 7143 §7.3.
+        """
+        ranges = [(0, self.solicited), *self._ahead]
+        before = [(first, min(last, offset)) for first, last in ranges if first < offset]
+        after = [(max(first, offset + length), last) for first, last in ranges if last > offset + length]
+        kept = before + after
+        self.solicited = kept.pop(0)[1] if kept and kept[0][0] == 0 else 0
+        self._ahead = kept
+        return [(0, self.solicited), *kept] != ranges
+
     def finish(self, *, status: int, residual: int, underflow: bool, overflow: bool) -> None:
         """The status came: judge whether it can be true.
 

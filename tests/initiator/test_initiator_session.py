@@ -39,8 +39,6 @@ from iscsifuse.iscsi.response import (
     DataIn,
     LogoutResponse,
     NopIn,
-    Reject,
-    RejectReason,
     ScsiResponse,
     TaskManagementResponse,
     TaskResponse,
@@ -513,18 +511,6 @@ async def test_session_answers_that_came_before_the_end_count() -> None:
         results = await at_once(lambda: _read(session, 1), second)
         assert results[0] == pattern(1024)[512:]
         assert isinstance(results[1], SessionLostError)
-
-
-@pytest.mark.conformance(89)
-@pytest.mark.parametrize("reason", [RejectReason.COMMAND_NOT_SUPPORTED, RejectReason.WAITING_FOR_LOGOUT])
-async def test_session_a_reject_ends_it(reason: RejectReason) -> None:
-    config = config_of(_disk())
-    reject = Change(lambda pdu: Reject(**_numbers(pdu), reason=reason, data=bytes(48)))
-    config.script.add(Rule(OUT, match=is_a(Opcode.DATA_IN), action=reject))
-    async with serving(config, strict=False) as target, open_session(target) as session:
-        with pytest.raises(SessionLostError, match="rejected a PDU"):
-            await _read(session)
-        assert isinstance(session.error, ProtocolError)
 
 
 async def test_session_broken_pipe_in_the_midst_of_a_write() -> None:

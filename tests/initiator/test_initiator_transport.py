@@ -137,6 +137,36 @@ async def test_transport_flush_needs_no_writer(small: tuple[Transport, socket.so
     assert not transport.pending
 
 
+async def test_transport_the_backlog_is_what_waits_for_a_full_socket(
+    small: tuple[Transport, socket.socket],
+) -> None:
+    transport, theirs = small
+    put = got = 0
+
+    async def flushed(count: int) -> None:
+        nonlocal got
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transport.flush)
+            got += len(await _receive(theirs, count))
+            nursery.cancel_scope.cancel()
+
+    transport.send([b"abc"])
+    put += 3
+    assert transport.backlog == 0
+    with trio.fail_after(10):
+        for _ in range(3):  # also when it was full before
+            transport.send([bytes(200_000), memoryview(bytes(5))])
+            transport.send([b"more"])
+            transport.send_soon([b"later"])
+            put += 200_014
+            assert transport.backlog == put - transport.bytes_sent > 0
+            transport.own_pending()
+            await flushed(100_000)
+            assert transport.backlog == put - transport.bytes_sent
+            await flushed(put - got)
+            assert transport.backlog == 0
+
+
 async def test_transport_own_pending_frees_the_memory(small: tuple[Transport, socket.socket]) -> None:
     transport, theirs = small
     memory = bytearray(b"x" * 200_000)

@@ -5,11 +5,13 @@ from iscsifuse.errors import (
     FormatError,
     ProtocolError,
     SessionLostError,
+    TransferError,
 )
 from iscsifuse.iscsi.connection import MAX_TEXT_LENGTH, Request
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import RESERVED_TAG, Opcode, Pdu
 from iscsifuse.iscsi.request import (
+    DataOut,
     LogoutReason,
     LogoutRequest,
     NopOut,
@@ -17,6 +19,7 @@ from iscsifuse.iscsi.request import (
     TextRequest,
 )
 from iscsifuse.iscsi.response import (
+    R2T,
     AsyncEvent,
     AsyncMessage,
     DataIn,
@@ -226,6 +229,60 @@ def test_reject(reason: int) -> None:
     assert event.data[16:20] == task.itt.to_bytes(4, "big")
     assert d.connection.tasks == {task.itt: task}  # it awaits its response, or the end of the session
     assert d.good(task) == [task]
+
+
+@pytest.mark.conformance(90)
+def test_reject_of_a_data_pdu_takes_its_bytes_back_once() -> None:
+    d = Driver(NegotiatedParameters(initial_r2t=False, immediate_data=False, target_max_recv_data_segment_length=512))
+    task = write(1300)
+    _, *data = d.submit(task)
+    refused = data[1].encode()[:48]
+    (event,) = d.give(Reject(reason=RejectReason.DATA_DIGEST_ERROR, data=refused))
+    assert isinstance(event, Reject)
+    assert isinstance(event.rejected, DataOut)
+    assert (event.rejected.buffer_offset, event.rejected_length) == (512, 512)
+    assert task.solicited == 512
+    assert d.give(Reject(reason=RejectReason.DATA_DIGEST_ERROR, data=refused)) == []  # no news
+    assert len(d.give(Reject(reason=RejectReason.WAITING_FOR_LOGOUT, data=refused))) == 1
+    d.give(R2T(itt=task.itt, lun=LUN, ttt=1, buffer_offset=512, desired_data_transfer_length=512))
+    (again,) = d.sent()
+    assert again.data == data[1].data
+    assert d.good(task) == [task]
+    assert task.error is None
+
+
+@pytest.mark.conformance(90)
+def test_reject_of_a_data_pdu_and_a_success_that_does_not_ask_again() -> None:
+    d = Driver(NegotiatedParameters(initial_r2t=False, immediate_data=False))
+    task = write(1300)
+    _, data = d.submit(task)
+    d.give(Reject(data=data.encode()[:48]))
+    assert d.good(task) == [task]
+    assert isinstance(task.error, TransferError)
+    assert d.give(Reject(data=data.encode()[:48])) == []  # nobody's any more
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda pdu: type(pdu).__name__)
+def test_reject_of_a_request_is_its_end(request_: Request) -> None:
+    d = Driver()
+    tag = d.connection.request(request_)
+    (sent,) = d.sent()
+    (event,) = d.give(Reject(reason=RejectReason.IMMEDIATE_COMMAND_REJECT, data=sent.encode()[:48]))
+    assert isinstance(event, Reject)
+    assert event.rejected is not None
+    assert event.rejected.itt == tag
+    assert d.connection.idle
+
+
+@pytest.mark.parametrize("data", [b"", bytes(47), b"\x3d" + bytes(47), b"\x1c" + bytes(60)], ids=len)
+def test_reject_of_nobody_knows_what(data: bytes) -> None:
+    d = Driver()
+    tag = d.connection.request(NopOut(immediate=True))
+    (event,) = d.give(Reject(data=data))
+    assert isinstance(event, Reject)
+    assert event.rejected is None
+    assert event.rejected_length == 0 or len(data) >= 48
+    assert len(d.give(NopIn(itt=tag))) == 1  # still asked
 
 
 @pytest.mark.conformance(5)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from connection_driver import LUN, WRITE_CDB, Driver, no_data, pattern, read, write
 
@@ -5,7 +7,7 @@ from iscsifuse.errors import FormatError, ProtocolError, TransferError
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import RESERVED_TAG, Pdu
 from iscsifuse.iscsi.request import DataOut, LogoutRequest, ScsiCommand
-from iscsifuse.iscsi.response import R2T, ScsiResponse
+from iscsifuse.iscsi.response import R2T, NopIn, ScsiResponse
 from iscsifuse.iscsi.tasks import Task
 
 CHECK_CONDITION = 2
@@ -163,7 +165,7 @@ def test_ttt_zero_is_a_tag_like_any_other() -> None:
 
 @pytest.mark.conformance(59)
 def test_several_r2ts_out_of_order_are_served_as_received() -> None:
-    d = Driver(parameters())
+    d = Driver(replace(parameters(), max_outstanding_r2t=2))
     task, other = write(3000), write(1000)
     d.submit(task, other)
     requests = [ask(task, 0, 2000, 1000, ttt=7), ask(other, 0, 0, 1000, ttt=8), ask(task, 1, 0, 2000, ttt=9)]
@@ -174,6 +176,25 @@ def test_several_r2ts_out_of_order_are_served_as_received() -> None:
     assert check_burst([third], task, start=0, ttt=9) == 2000
     assert d.good(task) == [task]
     assert task.error is None
+
+
+@pytest.mark.conformance(61)
+@pytest.mark.parametrize("limit", [1, 3])
+def test_more_r2ts_at_once_than_were_agreed(limit: int) -> None:
+    """They came before even the first one's data was handed over, so nobody can have answered them."""
+    d = Driver(replace(parameters(), max_outstanding_r2t=limit))
+    task, other = write(3000), write(3000)
+    d.submit(task, other)
+    for first in range(0, 2 * limit, limit):  # what was handed over counts no more, whatever is put out before
+        d.give(NopIn(ttt=5))
+        for number in range(first, first + limit):
+            d.give(ask(task, number, 100 * number, 100))
+            d.give(ask(other, number, 100 * number, 100))
+        assert len(d.sent()) == 1 + 2 * limit
+    for number in range(2 * limit, 3 * limit):
+        d.give(ask(task, number, 100 * number, 100))
+    with pytest.raises(ProtocolError, match=f"{limit + 1} R2Ts at once .* where {limit} were agreed"):
+        d.give(ask(task, 3 * limit, 0, 100))
 
 
 @pytest.mark.conformance(60)

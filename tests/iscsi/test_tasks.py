@@ -421,3 +421,40 @@ def test_sense_beyond_its_segment(segment: bytes) -> None:
     with pytest.raises(FormatError):
         task.take_sense(segment)
     assert task.sense == b""
+
+
+# --- data that was thrown away ---
+
+
+@pytest.mark.conformance(90)
+@given(
+    length=st.integers(1, 40),
+    unsolicited=st.integers(0, 40),
+    steps=st.lists(st.tuples(st.booleans(), st.integers(0, 45), st.integers(0, 45)), max_size=12),
+)
+def test_data_that_was_thrown_away_does_not_count(
+    length: int, unsolicited: int, steps: list[tuple[bool, int, int]]
+) -> None:
+    """Against a set of numbers: R2Ts put bytes into it, Rejects take them out again."""
+    task = writing(length)
+    task.solicited = min(unsolicited, length)
+    there = set(range(task.solicited))
+    for asked, offset, count in steps:
+        span = range(offset, offset + count)
+        if not asked:
+            changed = bool(there & set(span))
+            assert task.take_back(offset=offset, length=count) is changed
+            there -= set(span)
+        elif count and offset + count <= length:
+            task.take_r2t(r2t_sn=task.next_r2t_sn, offset=offset, length=count, max_burst_length=100)
+            there |= set(span)
+    error = finish(task)
+    assert isinstance(error, TransferError) == (len(there) < length)
+
+
+@pytest.mark.conformance(90)
+def test_a_status_that_is_no_success_stays_what_it_is() -> None:
+    task = writing(1000)
+    task.solicited = 1000
+    assert task.take_back(offset=0, length=1000)
+    assert finish(task, CHECK_CONDITION) is None
