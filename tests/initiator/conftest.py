@@ -1,7 +1,6 @@
 """For all tests of the initiator: no second is spent on waiting that a standard or a courtesy asks for."""
 
 import pytest
-from trio.testing import MockClock
 
 
 @pytest.fixture(autouse=True)
@@ -10,10 +9,3 @@ def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("iscsifuse.initiator.nexus.FIRST_BACK_OFF", 0.01)
     monkeypatch.setattr("iscsifuse.initiator.nexus.LAST_BACK_OFF", 0.05)
     monkeypatch.setattr("iscsifuse.initiator.session._TICK", 0.02)
-
-
-@pytest.fixture
-def jumping_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
-    """Time jumps when nothing happens, on sockets either: minutes pass in no time, at their true length."""
-    monkeypatch.setattr("iscsifuse.initiator.session._TICK", 1.0)
-    return MockClock(autojump_threshold=0.01)

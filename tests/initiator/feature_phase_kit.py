@@ -5,11 +5,13 @@ commands: they are seen, and nobody answers but the test (`Bench.taken`, `Bench.
 passed the target. Whatever the initiator does against RFC 7143 fails the test: the target's validator watches.
 """
 
-from collections.abc import AsyncIterator, Callable
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
+from unittest.mock import patch
 
 import trio
 from initiator_kit import (
@@ -25,6 +27,7 @@ from initiator_kit import (
 from trio.testing import MockClock
 
 from iscsifuse.cache import BlockCache, BufferPool, CacheSettings, Handle
+from iscsifuse.initiator import session as session_module
 from iscsifuse.initiator.inventory import scan
 from iscsifuse.initiator.logical_unit import LogicalUnit
 from iscsifuse.initiator.nexus import Nexus, open_nexus
@@ -56,6 +59,7 @@ __all__ = [
     "content",
     "data_of",
     "file_bench",
+    "jumping",
     "nexus_bench",
     "numbers_of",
     "unit_bench",
@@ -70,6 +74,18 @@ RECOVERY = "session lost|logged in again|can't log in again"
 """What is logged when a session is lost and found again."""
 
 P = TypeVar("P", bound=Pdu)
+A = ParamSpec("A")
+
+
+def jumping(test: Callable[A, Awaitable[None]]) -> Callable[A, None]:
+    """A test on a clock that jumps when nothing happens, on sockets either: minutes take no time."""
+
+    @functools.wraps(test)
+    def run(*args: A.args, **kwargs: A.kwargs) -> None:
+        with patch.object(session_module, "_TICK", 1.0):
+            trio.run(partial(test, *args, **kwargs), clock=MockClock(autojump_threshold=0.01))
+
+    return run
 
 
 def content(lba: int, blocks: int = 1) -> bytes:

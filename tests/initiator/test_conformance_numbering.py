@@ -19,6 +19,7 @@ from feature_phase_kit import (
     altered,
     bench,
     content,
+    jumping,
     nexus_bench,
 )
 from initiator_kit import LUN_0, at_once, conversation
@@ -92,7 +93,8 @@ async def test_44_cmd_sn_goes_up_by_one_with_each_command_that_is_not_immediate(
 @pytest.mark.conformance(45)
 @pytest.mark.expect_log("aborting it")
 @pytest.mark.parametrize("closed", [False, True])
-async def test_45_immediate_requests_carry_the_current_cmd_sn(closed: bool, jumping_clock: object) -> None:  # noqa: ARG001
+@jumping
+async def test_45_immediate_requests_carry_the_current_cmd_sn(closed: bool) -> None:
     """A ping, a silence, a deadline → NOP-Out and ABORT TASK carry the next command's CmdSN, and leave it to that,
     also through a closed window."""
     async with bench(settings={"timeout": 30}, window=1 if closed else 5) as b, conversation(60) as nursery:
@@ -115,7 +117,8 @@ async def test_45_immediate_requests_carry_the_current_cmd_sn(closed: bool, jump
 
 @pytest.mark.conformance(46)
 @pytest.mark.parametrize("opener", ["a NOP-In", "a response"])
-async def test_46_a_closed_window_is_silence_until_it_opens(opener: str, jumping_clock: object) -> None:  # noqa: ARG001
+@jumping
+async def test_46_a_closed_window_is_silence_until_it_opens(opener: str) -> None:
     """MaxCmdSN = ExpCmdSN-1 → no command, however long it takes, until a NOP-In or a response says otherwise."""
     async with bench(settings={"timeout": 1000}, window=1) as b, conversation(500) as nursery:
         b.hold(times=2)
@@ -140,7 +143,8 @@ async def test_46_a_closed_window_is_silence_until_it_opens(opener: str, jumping
 
 @pytest.mark.conformance(47)
 @pytest.mark.parametrize("window", [1, 2, 100])
-async def test_47_as_many_commands_at_once_as_the_window_holds(window: int, jumping_clock: object) -> None:  # noqa: ARG001
+@jumping
+async def test_47_as_many_commands_at_once_as_the_window_holds(window: int) -> None:
     """A window of 100 → exactly 100 of 150 commands under way at once; of 1 → one after the other."""
     async with bench(window=window, latency=1.0, settings={"timeout": 1000}) as b:
         jobs = [partial(b.read, lba) for lba in range(150 if window == 100 else 20)]
@@ -272,7 +276,8 @@ async def test_52_a_completion_that_is_nobodys_completes_nobody(itt: str) -> Non
 
 @pytest.mark.conformance(53)
 @pytest.mark.expect_log("aborting it")
-async def test_53_tags_are_unique_and_never_the_reserved_one(jumping_clock: object) -> None:  # noqa: ARG001
+@jumping
+async def test_53_tags_are_unique_and_never_the_reserved_one() -> None:
     """Commands before and after 2^32 of them, one aborted meanwhile → no tag twice, none 0xffffffff."""
     async with bench(settings={"timeout": 10}) as b:
         b.session.connection._next_itt = 0xFFFFFFF8
