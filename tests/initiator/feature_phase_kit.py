@@ -27,6 +27,7 @@ from initiator_kit import (
 from trio.testing import MockClock
 
 from iscsifuse.cache import BlockCache, BufferPool, CacheSettings, Handle
+from iscsifuse.initiator import nexus as nexus_module
 from iscsifuse.initiator import session as session_module
 from iscsifuse.initiator.inventory import scan
 from iscsifuse.initiator.logical_unit import LogicalUnit
@@ -82,7 +83,7 @@ def jumping(test: Callable[A, Awaitable[None]]) -> Callable[A, None]:
 
     @functools.wraps(test)
     def run(*args: A.args, **kwargs: A.kwargs) -> None:
-        with patch.object(session_module, "_TICK", 1.0):
+        with patch.object(session_module, "_TICK", 1.0), patch.object(nexus_module, "LAST_BACK_OFF", 5.0):
             trio.run(partial(test, *args, **kwargs), clock=MockClock(autojump_threshold=0.01))
 
     return run
@@ -222,6 +223,10 @@ class Bench:
             while not condition():
                 with trio.move_on_after(step):
                     await self.tape.grown.wait()
+
+    async def reconnected(self, times: int = 1) -> None:
+        """Wait until the session was logged in again as often as that."""
+        await self.until(lambda: self.nexus.reconnects == times, seconds=60)
 
     # -- the target ---
 
