@@ -19,6 +19,7 @@ from feature_phase_kit import (
     READ,
     RECOVERY,
     RESPONSE,
+    WRITE,
     Bench,
     altered,
     bench,
@@ -201,12 +202,13 @@ async def test_b10_r2ts_without_end_whose_data_is_not_read() -> None:
 @pytest.mark.conformance("B10")
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.expect_log(RECOVERY)
-async def test_b10_writes_that_are_failed_without_being_read() -> None:
-    """Each write is asked for, then failed, and not one byte is read → what is left of them isn't kept for ever:
-    the session is ended at BACKLOG_LIMIT."""
-    async with nexus_bench(keys=ASKED_ONLY, strict=False) as b, conversation(30) as nursery:
-        b.hold(times=0)
-        b.rule(IN, Stall(), is_a(Opcode.DATA_OUT))
+@pytest.mark.parametrize("asked", [True, False])
+async def test_b10_writes_that_are_failed_without_being_read(asked: bool) -> None:
+    """Each write is failed, its data asked for or sent unasked, and not one byte is read → what is left of them isn't
+    kept for ever: the session is ended at BACKLOG_LIMIT."""
+    keys = ASKED_ONLY if asked else TargetKeys(default_time2wait=0)
+    async with nexus_bench(keys=keys, strict=False) as b, conversation(30) as nursery:
+        b.rule(IN, Stall(), all_of(WRITE, COMMAND))
         session, stream = b.session, _narrowed(b)
         failed = 0
 
@@ -231,7 +233,7 @@ async def test_b10_writes_that_are_failed_without_being_read() -> None:
                 itt=itt, status=Status.BUSY, **{**numbers, "stat_sn": session.connection.exp_stat_sn}
             )
             with suppress(trio.BrokenResourceError):
-                await stream.send_all(r2t.encode() + status.encode())
+                await stream.send_all((r2t.encode() if asked else b"") + status.encode())
             await trio.testing.wait_all_tasks_blocked(0.01)
         assert failed <= 10
         assert "doesn't read the answers" in str(session.error)

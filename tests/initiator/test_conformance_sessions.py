@@ -507,6 +507,7 @@ async def test_92_many_late_commands_are_aborted_one_after_the_other() -> None:
     meanwhile isn't aborted but a success."""
     async with bench(settings={"timeout": 30}) as b, conversation(100) as nursery:
         b.hold(times=50)
+        b.rule(OUT, Delay(0.15), is_a(Opcode.TASK_MANAGEMENT_RESPONSE), times=0)
         results: list[Any] = []
         for lba in range(50):
             nursery.start_soon(_outcome, partial(b.read, lba), results)

@@ -101,18 +101,22 @@ async def test_54_55_56_the_four_cells_of_a_first_burst(
 
 
 @pytest.mark.conformance(57)
+@pytest.mark.conformance(77)
+@pytest.mark.parametrize("length", [1, 1000, 1001, 1002, 1003])
 @pytest.mark.parametrize("number", [0, 5, 300])
-async def test_57_an_r2t_is_answered_exactly(number: int) -> None:
-    """An R2T with a TTT, a LUN, an offset, a length → Data-Out with just these, and the write's own bytes."""
+async def test_57_an_r2t_is_answered_exactly(number: int, length: int) -> None:
+    """An R2T with a TTT, a LUN, an offset, a length → Data-Out with just these, and the write's own bytes; also
+    where they have to be padded, and with digests (77)."""
     disk = Disk.from_bytes(bytes(64 * 512), lun=number)
-    async with bench(keys=ASKED_ONLY, disk=disk) as b, conversation() as nursery:
+    settings = {"header_digest": True, "data_digest": True}
+    async with bench(keys=ASKED_ONLY, disk=disk, settings=settings) as b, conversation() as nursery:
         b.hold(times=1)
         nursery.start_soon(partial(b.write, DATA, lun=luns.encode(number)))
         command = await b.taken()
-        b.say(ask(command, 1536, 1000, ttt=0xFFFFFFFE))
+        b.say(ask(command, 1536, length, ttt=0xFFFFFFFE))
         (answer,) = await b.data_out(1)
         assert (answer.itt, answer.ttt, answer.lun) == (command.itt, 0xFFFFFFFE, luns.encode(number))
-        assert (answer.buffer_offset, answer.data, answer.final) == (1536, DATA[1536:2536], True)
+        assert (answer.buffer_offset, answer.data, answer.final) == (1536, DATA[1536 : 1536 + length], True)
         b.good(command, status=Status.BUSY)
 
 
