@@ -27,18 +27,18 @@ from typing import cast
 import trio
 
 from iscsifuse.errors import (
-    CommandTimeoutError,
     IscsifuseError,
     ProtocolError,
     ReadOnlyError,
     SessionLostError,
 )
+from iscsifuse.initiator.deadlines import Deadlines
 from iscsifuse.initiator.login import LoggedIn
 from iscsifuse.initiator.loop import Glance, Loop
 from iscsifuse.initiator.settings import SessionSettings
 from iscsifuse.initiator.statistics import CommandRow, CommandStatistics
 from iscsifuse.iscsi.connection import Connection, Event
-from iscsifuse.iscsi.request import DataOut, LogoutRequest, NopOut, TaskFunction, TaskManagementRequest
+from iscsifuse.iscsi.request import DataOut, LogoutRequest, NopOut, TaskManagementRequest
 from iscsifuse.iscsi.response import (
     AsyncEvent,
     AsyncMessage,
@@ -47,7 +47,6 @@ from iscsifuse.iscsi.response import (
     Reject,
     RejectReason,
     TaskManagementResponse,
-    TaskResponse,
 )
 from iscsifuse.iscsi.tasks import Task
 from iscsifuse.scsi import cdb as cdbs
@@ -110,7 +109,6 @@ class Session:
         self.error: IscsifuseError | None = None
         self.time2wait: float = result.parameters.default_time2wait
         self.on_trouble: Callable[[Task], None] | None = None
-        self._settings = settings
         self._read_only = settings.read_only
         self._statistics = statistics
         self._rows: dict[int, CommandRow] = {}
@@ -125,7 +123,7 @@ class Session:
         self._logging_out = False
         self._idle = trio.Event()  # set once nothing is under way any more after the logout began
         self._logged_out = trio.Event()
-        self._abort: tuple[int, Task, float] | None = None  # the one that is under way: its tag, of whom, since when
+        self._deadlines = Deadlines(self.connection, limit=settings.timeout, end=self._end)
         self._ping: float | None = None
         self.transport.on_broken = self.fail
 
@@ -381,58 +379,12 @@ class Session:
             self._expire(now)
 
     def _expire(self, now: float) -> None:
-        """Abort commands whose deadline has passed; give up the session where that isn't answered either."""
-        limit = self._settings.timeout
-        for task in list(self.connection.queue):
-            if now - task.started < limit:
-                break
-            self.connection.abandon(task, CommandTimeoutError(f"the target took no command for {limit:g} seconds"))
-            self._end(task, now)
-        since = now if self._abort is None else self._abort[2]
-        oldest = next(iter(self.connection.tasks.values()), None)
-        if oldest is not None:  # one may have had to wait for the abortion of others
-            since = min(since, oldest.started + limit + _TICK)
-        if now - since >= ABORT_LIMIT:
-            self._time_out_late(now)
+        """See `Deadlines`; a late command may have had to wait for this look."""
+        if not self._deadlines.expire(now, patience=ABORT_LIMIT + _TICK):
             self.fail(SessionLostError(f"{self.transport.portal} did not answer the abortion of a command"))
             return
-        self._abort_next(now)
         self._send()
         self._note_idle()
-
-    def _abort_next(self, now: float) -> None:
-        """Abort the oldest command if its deadline has passed.
-
-        One at a time: a target takes few immediate requests at once (RFC 7143 §4.2.2.1), and each of these commands
-        may still end by itself. ABORT TASK SET is never sent: it would take those along that have time left.
-        """
-        task = next(iter(self.connection.tasks.values()), None)  # they are ordered by age
-        limit = self._settings.timeout
-        if task is None or self._abort is not None or now - task.started < limit:
-            return
-        log.warning("%s took longer than %g seconds: aborting it", cdbs.name(task.cdb), limit)
-        itt = self.connection.request(
-            TaskManagementRequest(
-                function=TaskFunction.ABORT_TASK,
-                lun=task.lun,
-                referenced_task_tag=task.itt,
-                ref_cmd_sn=task.cmd_sn,
-            )
-        )
-        self._abort = itt, task, now
-
-    def _time_out_late(self, now: float) -> None:
-        """End the commands that can't be aborted: a new session won't do them any good, their time is over."""
-        for task in list(self.connection.tasks.values()):
-            if now - task.started >= self._settings.timeout:
-                self._time_out(task)
-
-    def _time_out(self, task: Task) -> None:
-        limit = self._settings.timeout
-        self.connection.abandon(
-            task, CommandTimeoutError(f"the target did not finish {cdbs.name(task.cdb)} within {limit:g} seconds")
-        )
-        self._end(task, trio.current_time())
 
     def _note_idle(self) -> None:
         if self._logging_out and self.connection.idle:
@@ -453,7 +405,7 @@ class Session:
             if isinstance(event, NopIn):
                 self._ping = None
             elif isinstance(event, TaskManagementResponse):
-                self._on_aborted(event)
+                self._deadlines.answered(event, now)
             elif isinstance(event, LogoutResponse):
                 self._on_logout(event)
             elif isinstance(event, AsyncMessage):
@@ -461,20 +413,6 @@ class Session:
             elif isinstance(event, Reject):
                 self._on_reject(event)
         self._note_idle()
-
-    def _on_aborted(self, answer: TaskManagementResponse) -> None:
-        itt, task, _ = self._abort or (-1, None, 0.0)
-        if task is None or answer.itt != itt:
-            return
-        self._abort = None
-        now = self._now()
-        if not task.done:
-            if answer.response not in (TaskResponse.FUNCTION_COMPLETE, TaskResponse.TASK_DOES_NOT_EXIST):
-                # It may go on with the command as long as the session lives.
-                self._time_out_late(now)
-                raise ProtocolError(f"the target refused to abort a command (response {answer.response})")
-            self._time_out(task)
-        self._abort_next(now)
 
     def _on_reject(self, reject: Reject) -> None:
         """Source: RFC 7143 §7.3, §11.17."""
@@ -490,7 +428,7 @@ class Session:
                 self._logged_out.set()
             case rejected:
                 if isinstance(rejected, TaskManagementRequest):
-                    self._time_out_late(self._now())
+                    self._deadlines.give_up(self._now())
                 # A command's number would stay missing for ever: only a new session gets on.
                 raise ProtocolError(f"the target rejected a PDU (reason {reject.reason:#04x})")
 
