@@ -1,9 +1,10 @@
 """Whatever comes in: only errors of ours come out, and every command ends once."""
 
 import contextlib
+import sys
 
 import pytest
-from connection_driver import LUN, Driver, no_data, read, write
+from connection_driver import LUN, Driver, no_data, pattern, read, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from iscsifuse.iscsi.connection import Event
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import RESERVED_TAG, Opcode
 from iscsifuse.iscsi.request import NopOut, TaskManagementRequest, TextRequest
+from iscsifuse.iscsi.response import DataIn
 from iscsifuse.iscsi.tasks import Task
 
 
@@ -75,3 +77,35 @@ def test_nonsense_raises_nothing_but_our_errors(pdus: list[bytes]) -> None:
 @given(noise=st.binary(max_size=600), header_digest=st.booleans(), data_digest=st.booleans())
 def test_arbitrary_bytes_raise_nothing_but_our_errors(noise: bytes, header_digest: bool, data_digest: bool) -> None:
     receive_nonsense(NegotiatedParameters(header_digest=header_digest, data_digest=data_digest), [noise])
+
+
+def _calls_byte_by_byte(length: int) -> tuple[int, int]:
+    """Bytes of a Data-In, and the calls of functions that it takes to receive it one byte at a time."""
+    d = Driver(NegotiatedParameters(max_recv_data_segment_length=length))
+    task, memory = read(length)
+    d.submit(task)
+    stream = d.encoded(DataIn(itt=task.itt, data=pattern(length), has_status=True))
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        for byte in stream:
+            d.connection.buffers()[0][0] = byte
+            d.connection.received(1)
+    finally:
+        sys.setprofile(None)
+    assert task.done
+    assert memory == pattern(length)
+    return len(stream), calls
+
+
+@pytest.mark.conformance("B10")
+def test_one_byte_at_a_time_costs_the_same_for_each_byte() -> None:
+    """A target that sends byte by byte → a bounded number of steps for each, however long the PDU is."""
+    (short, few), (long, many) = _calls_byte_by_byte(1024), _calls_byte_by_byte(65536)
+    assert few / short < 20
+    assert many / long < 1.1 * few / short
