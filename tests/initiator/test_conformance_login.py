@@ -543,7 +543,11 @@ async def test_booleans_that_are_none(key: str, value: str) -> None:
 async def test_numbers_in_hexadecimal() -> None:
     """18: numbers in hexadecimal → accepted, and used."""
     keys = TargetKeys(
-        max_burst_length=65536, first_burst_length=32768, max_recv_data_segment_length=4096, default_time2wait=0
+        max_burst_length=65536,
+        first_burst_length=32768,
+        max_recv_data_segment_length=4096,
+        max_outstanding_r2t=1,
+        default_time2wait=0,
     )
     config = _config(keys=keys)
     hexadecimal = {
