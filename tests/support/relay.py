@@ -35,6 +35,7 @@ class _Way:
     queue: deque[tuple[float, memoryview]] = field(default_factory=deque)
     queued: int = 0
     link_free: float = 0.0
+    taken: int = 0  # bytes since the connection began
     at_end: bool = False  # the source has said all
     finished: bool = False  # ... and the sink was told so
 
@@ -63,6 +64,8 @@ class Relay:
         self._blackholed = False
         self._refusing = False
         self._cut_down_at: int | None = None
+        self._damage: dict[bool, tuple[int, int]] = {}  # by direction (down?): bytes to go, bytes to spare
+        self.damaged = 0
         self._ways: list[_Way] = []
         self._lock = threading.Lock()
         self._turned = threading.Condition(self._lock)
@@ -101,6 +104,26 @@ class Relay:
         """Reset the connection that carries the ``down``-th byte from now to the initiator, right after that byte."""
         with self._lock:
             self._cut_down_at = self.bytes_down + down
+
+    def damage_after(self, count: int, *, down: bool, spare: int = 0) -> None:
+        """Flip one bit of the ``count``-th byte from now that goes one way; ``damaged`` counts those that were hit.
+
+        Args:
+            count: 1 is the next one.
+            down: to the initiator.
+            spare: the first bytes of each connection that don't count: no digest protects a login.
+        """
+        with self._lock:
+            self._damage[down] = (count, spare)
+
+    def finish(self, *, down: bool) -> None:
+        """Close one direction of every connection in good order (FIN), after what is on its way; not the other."""
+        with self._lock:
+            for way in self._ways:
+                if way.is_down is down and not way.at_end:
+                    way.queue.append((0.0, memoryview(b"")))
+                    way.at_end = True
+        self._wake()
 
     def stall(self) -> None:
         """Carry nothing, and lose nothing: bytes wait until `resume`. New connections are accepted."""
@@ -228,16 +251,34 @@ class Relay:
 
     def _read(self, way: _Way) -> None:
         try:
-            data = way.source.recv(_CHUNK)
+            # What is narrow is narrow for every byte: a trickle, not a lump now and then.
+            data = way.source.recv(_CHUNK if self.rate is None else min(_CHUNK, max(1, int(self.rate * 0.05))))
         except BlockingIOError:
             return
         if self._blackholed:
             return
+        data = self._damaged(way, data)
         now = time.monotonic()
         way.link_free = max(way.link_free, now) + (len(data) / self.rate if self.rate else 0.0)
         way.queue.append((way.link_free + self.delay, memoryview(data)))  # an empty one is the end
         way.queued += len(data)
         way.at_end = not data
+
+    def _damaged(self, way: _Way, data: bytes) -> bytes:
+        """What arrived, with one bit changed if its turn has come."""
+        begin, way.taken = way.taken, way.taken + len(data)
+        if way.is_down not in self._damage:
+            return data
+        count, spare = self._damage[way.is_down]
+        start = max(0, spare - begin)  # the first byte of these that counts
+        if start + count > len(data):
+            self._damage[way.is_down] = (count - max(0, len(data) - start), spare)
+            return data
+        del self._damage[way.is_down]
+        self.damaged += 1
+        changed = bytearray(data)
+        changed[start + count - 1] ^= 1 << (count % 8)
+        return bytes(changed)
 
     def _write(self, way: _Way) -> None:
         while way.queue and way.queue[0][0] <= time.monotonic():

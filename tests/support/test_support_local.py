@@ -165,6 +165,28 @@ def test_a_black_hole_swallows(echo_port: int) -> None:
             assert exchange(another, b"ping") == b"ping"
 
 
+def test_a_relay_damages_the_very_bit(echo_port: int) -> None:
+    data = bytes(5000)
+    with Relay(echo_port) as relay, connect(relay) as connection:
+        assert exchange(connection, b"ping") == b"ping"
+        relay.damage_after(1000, down=True, spare=1004)  # 1000 of these are still spared
+        for down in (True, False):
+            got = exchange(connection, data)
+            assert [(at, byte) for at, byte in enumerate(got) if byte] == [(1999 if down else 99, 1 if down else 16)]
+            relay.damage_after(100, down=False)
+        assert relay.damaged == 2
+
+
+def test_a_relay_closes_one_direction_and_carries_the_other(echo_port: int) -> None:
+    with Relay(echo_port) as relay, connect(relay) as connection:
+        assert exchange(connection, b"ping") == b"ping"
+        relay.finish(down=True)
+        assert connection.recv(1) == b""
+        before = relay.bytes_up
+        connection.sendall(b"still there")
+        wait_until(lambda: relay.bytes_up == before + 11, timeout=5, what="the other direction")
+
+
 def test_a_relay_to_nowhere_resets() -> None:
     with Relay(free_port()) as relay, pytest.raises(ConnectionResetError), connect(relay) as connection:
         connection.recv(1)

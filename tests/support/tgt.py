@@ -235,6 +235,17 @@ class TgtServer(TargetServer):
         """Remove a LUN; tgt refuses as long as commands run on it."""
         self._do("--op", "delete", "--mode", "logicalunit", "--tid", str(self._tids[target]), "--lun", str(lun))
 
+    def withdraw_lun(self, target: str, lun: int) -> None:
+        """Take a LUN away for a while: `bring_back_lun`, and a restart, have it there again as it was."""
+        self._tgtadm("--op", "delete", "--mode", "logicalunit", "--tid", str(self._tids[target]), "--lun", str(lun))
+
+    def bring_back_lun(self, target: str, lun: int) -> None:
+        """Undo `withdraw_lun`."""
+        address = ("--mode", "logicalunit", "--tid", str(self._tids[target]), "--lun", str(lun))
+        for arguments in self._journal:
+            if arguments[2:8] == address:
+                self._tgtadm(*arguments)
+
     # --- its sessions ---
 
     def connections(self) -> list[TgtConnection]:
