@@ -10,6 +10,7 @@ After that the daemon logs to syslog, where there is one.
 Both ends are careful: if the parent is gone when the mount is ready, nobody knows of it, and it is taken down again.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -28,6 +29,7 @@ from iscsifuse.errors import IscsifuseError, MountError, UsageError
 from iscsifuse.mount.client import status, umount
 from iscsifuse.mount.mountinfo import MountEntry, find_mount, is_dead
 from iscsifuse.mount.plan import MountPlan
+from iscsifuse.mount.sparing import SparingFilter
 
 __all__ = ["mount", "status", "umount"]
 
@@ -309,13 +311,30 @@ def _child(plan: MountPlan, writer: int) -> int:
 
 
 class _Syslog(logging.handlers.SysLogHandler):
-    """Syslog that is never waited for: a daemon that serves disks doesn't stop because a logger does."""
+    """Syslog that is never waited for: a daemon that serves disks doesn't stop because a logger does.
+
+    The library's own way, on an error, is to connect anew and to wait; so sending is done here.
+    """
+
+    socket: socket.socket  # the library doesn't declare it
 
     def createSocket(self) -> None:  # noqa: N802 - logging's name
         super().createSocket()
-        sock = getattr(self, "socket", None)
-        if isinstance(sock, socket.socket):
-            sock.setblocking(False)
+        self.socket.setblocking(False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a line, or lose it."""
+        priority = self.encodePriority(self.facility, self.mapPriority(record.levelname))
+        line = f"<{priority}>{self.format(record)}\0".encode(errors="replace")
+        try:
+            self.socket.send(line)
+        except BlockingIOError:
+            pass  # syslog doesn't keep up
+        except OSError:  # it was restarted
+            with contextlib.suppress(OSError):
+                self.socket.close()
+                self.createSocket()
+                self.socket.send(line)
 
 
 def _log_to_syslog(plan: MountPlan) -> None:
@@ -329,6 +348,7 @@ def _log_to_syslog(plan: MountPlan) -> None:
         except OSError as error:
             log.info("no syslog: %s", error)
         else:
+            handler.addFilter(SparingFilter())
             handler.setFormatter(logging.Formatter(f"iscsifuse[{os.getpid()}]: {plan.mountpoint}: %(message)s"))
             handlers = [handler]
     for old in root.handlers[:]:
