@@ -12,20 +12,26 @@
 A command that is carried out while the session is lost waits for the next one, and one that was under way is sent
 again there: reads and writes of whole blocks are idempotent, and nobody overlaps a write that hasn't ended (the cache
 and the range lock see to that), so a replay can't overtake. The new login carries the same ISID and TSIH 0, which
-makes the target end the old session and its tasks before it answers (RFC 7143 §6.3.5): that is the barrier. Before
-commands flow again, every disk in use is proven to be the one it was (`add_guard`). A disk that isn't, or that can't
-be examined, is barred (`bar`): nothing reaches it any more, what is to be sent again least of all. One that can't be
-examined holds up no other; it is asked again from time to time, and its commands wait for it as they wait for a
-session: targets often let in before all of their disks are there.
+makes the target end the old session and its tasks before it answers (RFC 7143 §6.3.5): that is the barrier. Where
+writes were under way, it is asked once more to end what is left of them (ABORT TASK SET): a second barrier, for
+targets that answer the login first and abort later.
+
+Before commands flow again, every disk in use is proven to be the one it was (`add_guard`). A disk that isn't, or that
+can't be examined, is barred (`bar`): nothing reaches it any more, what is to be sent again least of all. One that
+can't be examined holds up no other; it is asked again from time to time, and its commands wait for it as they wait
+for a session: targets often let in before all of their disks are there.
 
 Waiting has an end: ``reconnect_timeout`` seconds after the session was lost, waiters get an error, and later ones get
-it at once, until a login works again. The attempts go on; the mount heals by itself. But a portal that refuses the
-login by a status of class 2 (the fault is ours, it says) isn't asked again; when none is left, that is the end.
+it at once, until a login works again. A command whose sessions are lost again and again has as long, from the first
+loss on; one under which the target breaks the protocol each time is given up earlier. The attempts go on; the mount
+heals by itself. But a portal that refuses the login by a status of class 2 (the fault is ours, it says) isn't asked
+again; when none is left, that is the end.
 
 Source: RFC 7143 §6.3.5, §7.4-7.6, §11.13.5.
 """
 
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -35,7 +41,15 @@ from enum import Enum
 
 import trio
 
-from iscsifuse.errors import IdentityError, IscsifuseError, LoginError, NothingFoundError, SessionLostError
+from iscsifuse.errors import (
+    DigestError,
+    IdentityError,
+    IscsifuseError,
+    LoginError,
+    NothingFoundError,
+    ProtocolError,
+    SessionLostError,
+)
 from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.login import (
     LoggedIn,
@@ -57,9 +71,11 @@ __all__ = ["Nexus", "NexusState", "Started", "open_nexus"]
 log = logging.getLogger(__name__)
 
 MAX_REPLAYS = 5
-"""How often one command may lose its session before it is the suspect."""
+"""How often the target may break the protocol under one command before that is the suspect."""
 FIRST_BACK_OFF = 0.1
 LAST_BACK_OFF = 5.0
+LASTING = 5.0
+"""Seconds after which a session counts as one that lasts; after one that doesn't the next login waits a little."""
 LONGEST_TIME2WAIT = 3600.0
 """Most seconds that a target may have us wait before a login (RFC 7143 §13.15)."""
 LAST_WORDS = 5.0
@@ -121,6 +137,10 @@ class Nexus:
         self._changed = trio.Event()  # replaced at each change of state
         self._since = time.time()
         self._give_up_at = 0.0  # on trio's clock; meaningful while LOST
+        self._logged_in_at = trio.current_time()
+        self._pause = 0.0  # before the next login, after sessions that didn't last
+        self._unfinished: set[bytes] = set()  # LUNs on which old sessions may still write
+        self._answers_task_management = True
         self._last_error: str | None = None
         self._nursery: trio.Nursery | None = None
         self._scope = trio.CancelScope(shield=True)
@@ -232,15 +252,19 @@ class Nexus:
 
         Cancellation: while it waits for a session, at once; while the target has the command, when that ended.
         """
-        replays = 0
+        give_up_at = math.inf
+        violations = 0
         while True:
-            session = self._session if self.state is NexusState.LOGGED_IN else await self._wait_for_session()
+            session = self._session
+            if self.state is not NexusState.LOGGED_IN:
+                session = await self._wait_for_session(give_up_at)
             if lun in self._barred and first is None and cdb[0] != cdbs.Opcode.REPORT_LUNS:
                 # Invariant: nothing is awaited between this look and the submission.
                 await self._until_unbarred(lun)
                 if self._session is not session or self.state is not NexusState.LOGGED_IN:
-                    replays += 1
-                    if replays > MAX_REPLAYS:
+                    now = trio.current_time()
+                    give_up_at = min(give_up_at, now + self._patience)
+                    if now >= give_up_at:
                         raise SessionLostError(f"{self.target_name}: sessions don't last long enough to find a disk")
                 continue
             try:
@@ -251,8 +275,10 @@ class Nexus:
             except SessionLostError:
                 # Who was cancelled meanwhile, but couldn't be told while the target had the command, is told so.
                 await trio.lowlevel.checkpoint_if_cancelled()
-                replays += 1
-                if self.settings.reconnect_timeout == 0 or replays > MAX_REPLAYS:
+                now = trio.current_time()
+                give_up_at = min(give_up_at, now + self._patience)
+                violations += _breaks_protocol(session.error)
+                if now >= give_up_at or violations > MAX_REPLAYS:
                     raise
                 if self.state is NexusState.LOGGED_IN and self._session is session:
                     # Invariant: run() marks the loss as soon as it is scheduled; until then there is nothing to use.
@@ -323,6 +349,11 @@ class Nexus:
             finally:
                 self._scope.deadline = trio.current_time() + LAST_WORDS
 
+    @property
+    def _patience(self) -> float:
+        limit = self.settings.reconnect_timeout
+        return limit if limit >= 0 else math.inf
+
     async def _run_sessions(self) -> None:
         try:
             with self._scope:
@@ -344,8 +375,13 @@ class Nexus:
             self._over.set()
 
     def _lost(self, session: Session) -> None:
-        limit = self.settings.reconnect_timeout
-        self._give_up_at = trio.current_time() + limit if limit >= 0 else float("inf")
+        now = trio.current_time()
+        self._give_up_at = now + self._patience
+        if now - self._logged_in_at >= LASTING:
+            self._pause = 0.0
+        else:
+            self._pause = min(max(FIRST_BACK_OFF, 2 * self._pause), LAST_BACK_OFF / 5)
+        self._unfinished |= session.unfinished
         self._last_error = str(session.error)
         self._enter(NexusState.LOST)
         log.warning("%s: session lost: %s", self.target_name, session.error)
@@ -358,9 +394,9 @@ class Nexus:
         self._bar_changed.set()
         self._bar_changed = trio.Event()
 
-    async def _wait_for_session(self) -> Session:
+    async def _wait_for_session(self, give_up_at: float) -> Session:
         """The session, once there is one."""
-        with trio.CancelScope(deadline=self._give_up_at):
+        with trio.CancelScope(deadline=min(give_up_at, self._give_up_at)):
             while self.state is NexusState.LOST:
                 await self._changed.wait()
         if self.state is NexusState.LOGGED_IN:
@@ -379,7 +415,7 @@ class Nexus:
 
     async def _re_establish(self, nursery: trio.Nursery, time2wait: float) -> bool:
         """Log in again, however long it takes; whether it worked before `close`."""
-        wait_until = trio.current_time() + min(time2wait, LONGEST_TIME2WAIT)
+        wait_until = trio.current_time() + max(_jittered(self._pause), min(time2wait, LONGEST_TIME2WAIT))
         delay = FIRST_BACK_OFF
         portals = deque(self._portals)  # but for those that said that they won't have us
         while True:
@@ -408,7 +444,7 @@ class Nexus:
                 if await self._resume(nursery, login):
                     return True
             portals.rotate(-1)
-            wait_until = trio.current_time() + delay * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, no secret
+            wait_until = trio.current_time() + _jittered(delay)
             delay = min(delay * 2, LAST_BACK_OFF)
 
     def _is_final(self, error: IscsifuseError) -> bool:
@@ -448,6 +484,7 @@ class Nexus:
 
         try:
             with plain_errors():
+                await self._end_old_writes(session)
                 async with trio.open_nursery() as guards:
                     for guard in self._guards:
                         guards.start_soon(prove, guard)
@@ -460,12 +497,32 @@ class Nexus:
             return False
         self._session = session
         self.portal = login.portal
+        self._logged_in_at = trio.current_time()
         self.reconnects += 1
         self._enter(NexusState.LOGGED_IN)
         log.warning("%s: logged in again at %s", self.target_name, login.portal)
         for guard in unsettled:
             nursery.start_soon(self._ask_again, guard, session)
         return True
+
+    async def _end_old_writes(self, session: Session) -> None:
+        """The second barrier; see the head of this file. A target that can't do it has had the first one."""
+
+        async def end(lun: bytes) -> None:
+            if await session.abort_task_set(lun) is None:
+                log.info("%s: no answer to ABORT TASK SET", self.target_name)
+                self._answers_task_management = False
+            self._unfinished.discard(lun)
+
+        if not self._answers_task_management:
+            self._unfinished.clear()
+        try:
+            async with trio.open_nursery() as nursery:
+                for lun in list(self._unfinished):
+                    nursery.start_soon(end, lun)
+        finally:
+            if _breaks_protocol(session.error):  # it rejects what it doesn't know
+                self._answers_task_management = False
 
     async def _ask_again(self, guard: Guard, session: Session) -> None:
         """Call a guard until it has settled things, or the session is lost (the next one calls it anyway)."""
@@ -476,6 +533,16 @@ class Nexus:
                 pause *= 2
                 if session.error is None and await guard(session):
                     return
+
+
+def _breaks_protocol(error: IscsifuseError | None) -> bool:
+    """Whether a session ended by the target's doing, and not by the line's."""
+    return isinstance(error, ProtocolError) and not isinstance(error, DigestError)
+
+
+def _jittered(seconds: float) -> float:
+    """About so many, so that not all initiators of a target come back at the same moment."""
+    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
 
 
 @asynccontextmanager

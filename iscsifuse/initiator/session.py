@@ -38,7 +38,7 @@ from iscsifuse.initiator.loop import Glance, Loop
 from iscsifuse.initiator.settings import SessionSettings
 from iscsifuse.initiator.statistics import CommandRow, CommandStatistics
 from iscsifuse.iscsi.connection import Connection, Event
-from iscsifuse.iscsi.request import DataOut, LogoutRequest, NopOut, TaskManagementRequest
+from iscsifuse.iscsi.request import DataOut, LogoutRequest, NopOut, TaskFunction, TaskManagementRequest
 from iscsifuse.iscsi.response import (
     AsyncEvent,
     AsyncMessage,
@@ -93,6 +93,7 @@ class Session:
         time2wait: seconds to wait before the next login, as the target asked.
         on_trouble: called for each command that ends with a status that isn't GOOD, in the order in which these
             arrive, before anybody who waits for one of them goes on. A plain call.
+        unfinished: LUNs with writes that ended without a status: nobody knows whether the target is done with them.
     """
 
     def __init__(self, login: LoggedIn, settings: SessionSettings, statistics: CommandStatistics) -> None:
@@ -109,6 +110,7 @@ class Session:
         self.error: IscsifuseError | None = None
         self.time2wait: float = result.parameters.default_time2wait
         self.on_trouble: Callable[[Task], None] | None = None
+        self.unfinished: set[bytes] = set()
         self._read_only = settings.read_only
         self._statistics = statistics
         self._rows: dict[int, CommandRow] = {}
@@ -124,8 +126,10 @@ class Session:
         self._idle = trio.Event()  # set once nothing is under way any more after the logout began
         self._logged_out = trio.Event()
         self._deadlines = Deadlines(self.connection, limit=settings.timeout, end=self._end)
+        self._clearing: dict[int, _Answer] = {}
         self._ping: float | None = None
         self.transport.on_broken = self.fail
+        self.transport.reset_on_close()
 
     # -- for callers -----------------------------------------------------------------------------------------------
 
@@ -273,6 +277,31 @@ class Session:
         finally:
             self.fail(reason)
 
+    async def abort_task_set(self, lun: bytes) -> int | None:
+        """Have the target end all tasks of this nexus on a logical unit: those that an old session left, too.
+
+        Args:
+            lun: 8 bytes.
+
+        Returns:
+            Its answer (see `TaskResponse`; it needn't support it), or None: it did not answer within ABORT_LIMIT.
+
+        Raises:
+            SessionLostError: the session ended first.
+
+        Source: RFC 7143 §11.5.1, SAM-5 §7.3.
+        """
+        answer = _Answer()
+        itt = self.connection.request(TaskManagementRequest(function=TaskFunction.ABORT_TASK_SET, lun=lun))
+        self._clearing[itt] = answer
+        self._send()
+        with trio.move_on_after(ABORT_LIMIT):
+            await answer.came.wait()
+        del self._clearing[itt]
+        if self.error is not None:
+            raise SessionLostError(self._why())
+        return answer.response
+
     async def wait_ended(self) -> None:
         """Wait until `run` has returned."""
         await self._ended.wait()
@@ -282,7 +311,7 @@ class Session:
         if self.error is not None:
             return
         self.error = error
-        self.transport.close()
+        self.transport.close(in_order=self._logged_out.is_set())
         lost = error if isinstance(error, SessionLostError) else SessionLostError(str(error))
         now = trio.current_time()
         for task in self.connection.take_events():
@@ -290,6 +319,8 @@ class Session:
                 self._end(task, now)
         for task in self.connection.fail_all(lost):
             self._end(task, now)
+        for answer in self._clearing.values():
+            answer.came.set()
         self._idle.set()
         self._logged_out.set()
         self._scope.cancel()
@@ -405,7 +436,12 @@ class Session:
             if isinstance(event, NopIn):
                 self._ping = None
             elif isinstance(event, TaskManagementResponse):
-                self._deadlines.answered(event, now)
+                waiting = self._clearing.get(event.itt)
+                if waiting is not None:
+                    waiting.response = event.response
+                    waiting.came.set()
+                else:
+                    self._deadlines.answered(event, now)
             elif isinstance(event, LogoutResponse):
                 self._on_logout(event)
             elif isinstance(event, AsyncMessage):
@@ -494,6 +530,8 @@ class Session:
             row = self._rows[key] = self._statistics.row(cdbs.name(cdb), opcode=opcode)
         if task.status < 0:
             row.lost += 1
+            if task.buffer_out is not None:
+                self.unfinished.add(task.lun)
         else:
             row.add(
                 now - task.started,
@@ -506,6 +544,16 @@ class Session:
         waiter, task.waiter = task.waiter, None
         if waiter is not None:
             trio.lowlevel.reschedule(cast("trio.lowlevel.Task", waiter))
+
+
+class _Answer:
+    """Of a target to a task management function, once it has come."""
+
+    __slots__ = ("came", "response")
+
+    def __init__(self) -> None:
+        self.came = trio.Event()
+        self.response: int | None = None
 
 
 def _not_now(_: object) -> trio.lowlevel.Abort:

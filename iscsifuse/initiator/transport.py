@@ -14,6 +14,7 @@ Source: RFC 7143 §4.2.1, §9.
 import errno
 import os
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -32,6 +33,9 @@ _GATHER = 512
 
 _USER_TIMEOUT_MS = 30_000
 """How long sent bytes may stay unacknowledged before the kernel gives up: a second net below the NOP-Out pings."""
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_CLOSE_IN_ORDER = struct.pack("ii", 0, 0)
 
 _WOULD_BLOCK = (BlockingIOError, InterruptedError)
 
@@ -246,10 +250,24 @@ class Transport:
         """Wait until `receive_now` has something to say."""
         await trio.lowlevel.wait_readable(self._sock)
 
-    def close(self) -> None:
-        """Close the socket; whoever waits on it is woken. Does nothing the second time."""
+    def reset_on_close(self) -> None:
+        """From now on the end of this connection, be it by `close` or by this process's death, is a RST.
+
+        The kernel then throws away what isn't sent yet. Otherwise it would go on to deliver it in the background, and
+        an old write could reach the target when a newer one is there already.
+        """
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+
+    def close(self, *, in_order: bool = False) -> None:
+        """Close the socket; whoever waits on it is woken. Does nothing the second time.
+
+        Args:
+            in_order: both sides have agreed on the end: a FIN will do, in spite of `reset_on_close`.
+        """
         if not self._closed:
             self._closed = True
+            if in_order:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_IN_ORDER)
             self._pending.clear()
             self._loop.unwatch(self._fd)
             trio.lowlevel.notify_closing(self._sock)

@@ -562,8 +562,9 @@ async def test_94_r2ts_of_a_task_under_abortion_are_still_answered() -> None:
     """An R2T comes for a task whose abortion isn't answered yet → it is answered (RFC 7143 §4.2.3.4: the target may
     wait for that data); one that comes after the answer isn't.
 
-    ABORT TASK SET itself is never sent. It would take commands along that have time left, of other readers of the
-    same disk; so late commands are aborted one by one, under the same rule.
+    ABORT TASK SET is sent only on a new session, before any command (the barrier of `Nexus`): no R2T can be open then.
+    On a session in use it would take commands along that have time left; so late ones are aborted one by one, under
+    the same rule.
     """
     async with bench(settings={"timeout": 30}, keys=ASKED_ONLY) as b, conversation(60) as nursery:
         b.hold(WRITE, times=1)

@@ -646,9 +646,8 @@ async def test_logical_unit_a_reset_is_no_change() -> None:
 
 
 @pytest.mark.expect_log(f"{RECOVERY}|.* of LUN 0 .*")
-async def test_logical_unit_reads_and_writes_under_fire_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_logical_unit_reads_and_writes_under_fire_are_right() -> None:
     """Busy answers, unit attentions, aborted commands and dying connections, all at once; the data is right."""
-    monkeypatch.setattr(nexus_module, "MAX_REPLAYS", 50)
     disk = _disk(max_transfer_blocks=128)
     config = config_of(disk, reorder=2, window=16, login_attention=LoginAttention.STANDARD)
     aborted = Reply.check(K.ABORTED_COMMAND, 0x47, 0x05)

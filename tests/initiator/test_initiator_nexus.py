@@ -36,11 +36,11 @@ from iscsifuse.initiator import session as session_module
 from iscsifuse.initiator.nexus import Nexus, NexusState, open_nexus
 from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.settings import Portal
-from iscsifuse.iscsi.pdu import Opcode
-from iscsifuse.iscsi.response import AsyncEvent
+from iscsifuse.iscsi.pdu import Opcode, Pdu
+from iscsifuse.iscsi.response import AsyncEvent, DataIn, Reject, RejectReason
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi.status import Status
-from iscsifuse.testing.actions import Call, Close, Cut, Drop, Late, Stall
+from iscsifuse.testing.actions import Call, Change, Close, Cut, Drop, Late, Stall
 from iscsifuse.testing.config import Redirect, TargetKeys
 from iscsifuse.testing.disk import Disk
 from iscsifuse.testing.script import IN, OUT, Rule, all_of, is_a
@@ -104,8 +104,7 @@ KILLS: list[tuple[str, Rule]] = [
 @pytest.mark.conformance(98)
 @pytest.mark.conformance(101)
 @pytest.mark.parametrize("rule", [row[1] for row in KILLS], ids=[row[0] for row in KILLS])
-async def test_nexus_connections_die_under_reads_and_writes(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nexus_module, "MAX_REPLAYS", 50)
+async def test_nexus_connections_die_under_reads_and_writes(rule: Rule) -> None:
     disk = _disk()
     keys = TargetKeys(
         first_burst_length=8192, max_burst_length=32768, max_recv_data_segment_length=4096, default_time2wait=0
@@ -139,12 +138,47 @@ async def test_nexus_connections_die_under_reads_and_writes(rule: Rule, monkeypa
 
 
 async def test_nexus_a_command_that_always_kills_its_session_is_given_up() -> None:
+    """After as long as it may wait for a session; not earlier, since it needn't be its fault."""
     config = config_of(_disk())
     config.script.add(Rule(IN, match=READ, times=0, action=Close()))
-    async with serving(config) as target, _open(target) as nexus:
+    async with serving(config) as target, _open(target, reconnect_timeout=1) as nexus:
+        began = trio.current_time()
         with pytest.raises(SessionLostError):
             await _read(nexus)
+        assert trio.current_time() - began >= 1
+        assert target.logins > 10
+
+
+async def test_nexus_a_command_under_which_the_target_breaks_the_protocol_is_given_up_soon() -> None:
+    def reject(pdu: Pdu) -> Pdu:
+        assert isinstance(pdu, DataIn)
+        return Reject(
+            reason=RejectReason.PROTOCOL_ERROR,
+            stat_sn=pdu.stat_sn,
+            exp_cmd_sn=pdu.exp_cmd_sn,
+            max_cmd_sn=pdu.max_cmd_sn,
+            data=bytes([Opcode.SCSI_COMMAND]) + bytes(47),
+        )
+
+    config = config_of(_disk())
+    config.script.add(Rule(OUT, match=READ, times=0, action=Change(reject)))
+    async with serving(config) as target, _open(target, reconnect_timeout=60) as nexus:
+        with pytest.raises(SessionLostError, match="rejected"):
+            await _read(nexus)
         assert target.logins == 1 + nexus_module.MAX_REPLAYS
+
+
+async def test_nexus_sessions_that_do_not_last_follow_each_other_ever_more_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nexus_module, "FIRST_BACK_OFF", 0.05)
+    monkeypatch.setattr(nexus_module, "LAST_BACK_OFF", 0.5)
+    config = config_of(_disk())
+    config.script.add(Rule(IN, match=READ, times=0, action=Close()))
+    async with serving(config) as target, _open(target, reconnect_timeout=1) as nexus:
+        with pytest.raises(SessionLostError):
+            await _read(nexus)
+        assert 3 <= target.logins <= 18  # 0.1 s between them, less a quarter
 
 
 @pytest.mark.conformance(98)

@@ -33,7 +33,7 @@ from iscsifuse.errors import (
 )
 from iscsifuse.initiator.inventory import LunDescription, scan
 from iscsifuse.initiator.logical_unit import LogicalUnit
-from iscsifuse.initiator.nexus import MAX_REPLAYS, Nexus, NexusState, open_nexus
+from iscsifuse.initiator.nexus import Nexus, NexusState, open_nexus
 from iscsifuse.initiator.session import Session
 from iscsifuse.iscsi.pdu import Opcode, Pdu
 from iscsifuse.iscsi.request import ScsiCommand
@@ -527,10 +527,10 @@ async def test_scsi_cases_sessions_that_keep_dying_before_the_unit_is_back_are_n
             finally:
                 over.set()
 
+        began = trio.current_time()
         results = await at_once(wait, keep_dropping, within=600)
         assert isinstance(results[0], SessionLostError)
-        assert "don't last long enough" in str(results[0])
-        assert stage.nexus.reconnects == MAX_REPLAYS
+        assert 59 < trio.current_time() - began < 90  # as long as one loss may last, but for the last session's time
 
 
 @jumping
