@@ -96,14 +96,14 @@ def test_what_was_fsynced_is_there_after_the_daemon_was_killed(
             assert process.returncode == 1
             assert "[Errno " in complaint
         if not stale:
-            # On a busy machine it happens that fusermount3 looks while the mount is dying, and leaves it to others.
+            # It looks once, and where the kernel hasn't given up the connection by then, it leaves the mount alone.
             with contextlib.suppress(TimeoutError):
-                wait_until(lambda: not is_mounted(point), timeout=20, what="fusermount3 to unmount")
-            stale = is_mounted(point)
-        assert is_mounted(point) is stale
+                wait_until(lambda: not is_mounted(point), timeout=5, what="fusermount3 to unmount")
+        left = is_mounted(point)
+        assert left or not stale
         done = run_cli("mount", tgt_server.url(ONE), point, "--rw")  # as if nothing had happened
         assert done.returncode == 0, done.stderr
-        assert ("unmounting what a dead daemon left there" in done.stderr) is stale
+        assert ("unmounting what a dead daemon left there" in done.stderr) is left
         mounted.pid = mounted.status_file()["pid"]
         last = int(said[0][0].split()[-1])
         assert last >= 8
