@@ -450,12 +450,10 @@ class Nexus:
     def _is_final(self, error: IscsifuseError) -> bool:
         """Whether a portal that answered so is not to be asked again. Source: RFC 7143 §11.13.5, status class 2.
 
-        "Not found" alone is final only when the waiting is over: it had the target once, and a target daemon that is
-        started again listens before its targets are there. Until then it is asked seldom.
+        "Not found" is never final: it had the target once, and a target daemon that is started again listens before
+        its targets are there, however long it was away. So it is asked again, seldom.
         """
-        if isinstance(error, NothingFoundError) and trio.current_time() < self._give_up_at:
-            return False
-        return refuses_us(error)
+        return refuses_us(error) and not isinstance(error, NothingFoundError)
 
     async def _refused(self) -> None:
         """No portal will have us any more: everybody is told at once, and nothing is tried until `close`."""
