@@ -6,7 +6,7 @@
                               └──refused, rejected, no answer in time──> the session has to go
 
 One at a time: a target takes few immediate requests at once (RFC 7143 §4.2.2.1), and each of these commands may still
-end by itself. ABORT TASK SET is never sent: it would take those along that have time left. Until its abortion is
+end by itself. ABORT TASK SET isn't sent here: it would take those along that have time left. Until its abortion is
 confirmed a command's R2Ts are answered, and its memory belongs to the target (§4.2.3.4).
 
 Source: RFC 7143 §11.5-11.6.

@@ -562,7 +562,7 @@ async def test_94_r2ts_of_a_task_under_abortion_are_still_answered() -> None:
     """An R2T comes for a task whose abortion isn't answered yet → it is answered (RFC 7143 §4.2.3.4: the target may
     wait for that data); one that comes after the answer isn't.
 
-    ABORT TASK SET is sent only on a new session, before any command (the barrier of `Nexus`): no R2T can be open then.
+    ABORT TASK SET is sent only on a new session, before any command (the barrier of `Nexus`): no R2T is open then.
     On a session in use it would take commands along that have time left; so late ones are aborted one by one, under
     the same rule.
     """
