@@ -25,7 +25,7 @@ from support.logguard import LogGuard
 from support.process import sbin_path
 from support.tgt import TgtServer
 
-pytest_plugins = ["support.store"]
+pytest_plugins = ["support.store", "conformance.plugin"]
 
 # Property tests are the same every time by default: a failure is the fault of the change at hand.
 # HYPOTHESIS_PROFILE=thorough looks for new ones.
