@@ -157,12 +157,13 @@ def istgt_server(tmp_path: Path) -> Iterator[IstgtServer]:
 
 
 @pytest.fixture
-def start_capture(tmp_path: Path) -> Iterator[Callable[[int], Capture]]:
-    """``start_capture(port)`` records that port of ``lo``; call ``stop()`` on what it returns, then analyse."""
+def start_capture(tmp_path: Path) -> Iterator[Callable[..., Capture]]:
+    """``start_capture(port)`` records that port of ``lo``, or several; ``stop()`` what it returns, then analyse."""
     with contextlib.ExitStack() as stack:
 
-        def start(port: int) -> Capture:
-            recording = Capture(tmp_path / f"port-{port}-{uuid.uuid4().hex[:6]}.pcapng", port=port)
+        def start(port: int, *more_ports: int) -> Capture:
+            path = tmp_path / f"port-{port}-{uuid.uuid4().hex[:6]}.pcap"
+            recording = Capture(path, port=port, more_ports=more_ports)
             recording.start()
             stack.callback(recording.abandon)
             return recording

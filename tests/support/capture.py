@@ -13,7 +13,8 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -21,12 +22,15 @@ from typing import Self
 
 from support.ports import HOST
 from support.process import ServerProcess
+from support.recut import recut
 
-__all__ = ["Capture", "CaptureError", "LoginText", "why_unavailable"]
+__all__ = ["Capture", "CaptureError", "Conversation", "LoginText", "why_unavailable"]
 
 _SCSI_COMMAND = 0x01
 _LOGIN_REQUEST = 0x03
+_DATA_OUT = 0x05
 _LOGIN_RESPONSE = 0x23
+_RESERVED_TAG = 0xFFFFFFFF
 
 
 class CaptureError(Exception):
@@ -39,6 +43,35 @@ class LoginText:
 
     from_initiator: bool
     keys: dict[str, str]
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What passed on one TCP connection; counts are of full feature phase.
+
+    Attributes:
+        initiator_keys: the text keys of all its Login Requests.
+        target_keys: of the Login Responses.
+        pdus: PDUs by opcode.
+        with_data: PDUs whose data segment isn't empty.
+        longest_from_initiator: the longest data segment, in bytes.
+        longest_from_target: likewise.
+        immediate: SCSI Commands that bring data along.
+        unsolicited: Data-Out PDUs that answer no R2T.
+        header_digests: PDUs with a digest of their header.
+        data_digests: PDUs with a digest of their data.
+    """
+
+    initiator_keys: dict[str, str] = field(default_factory=dict)
+    target_keys: dict[str, str] = field(default_factory=dict)
+    pdus: Counter[int] = field(default_factory=Counter)
+    with_data: int = 0
+    longest_from_initiator: int = 0
+    longest_from_target: int = 0
+    immediate: int = 0
+    unsolicited: int = 0
+    header_digests: int = 0
+    data_digests: int = 0
 
 
 @cache
@@ -57,15 +90,16 @@ def why_unavailable() -> str | None:
 
 
 class Capture:
-    """The packets of one TCP port on ``lo``, from ``with`` (or `start`) to `stop`.
+    """The packets of one TCP port on ``lo``, or of several, from ``with`` (or `start`) to `stop`.
 
     The analysing methods may be called once it is stopped.
     """
 
-    def __init__(self, path: Path, *, port: int, buffer_mib: int = 256) -> None:
-        """Prepare a recording of ``port`` into ``path`` (pcapng), with a kernel buffer of ``buffer_mib`` MiB."""
+    def __init__(self, path: Path, *, port: int, more_ports: Sequence[int] = (), buffer_mib: int = 256) -> None:
+        """Prepare a recording of these ports into ``path`` (pcap), with a kernel buffer of ``buffer_mib`` MiB."""
         self.path = path
-        self.port = port
+        self._ports = (port, *more_ports)
+        self._pdus = path.with_suffix(".pdus.pcap")
         self._buffer_mib = buffer_mib
         self._process: ServerProcess | None = None
         self._marks = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -96,8 +130,8 @@ class Capture:
         marks_port = self._marks.getsockname()[1]
         self._process = ServerProcess(
             [
-                *("dumpcap", "-q", "-n", "-i", "lo", "-B", str(self._buffer_mib), "-s", "0", "-w", str(self.path)),
-                *("-f", f"(tcp port {self.port}) or (udp port {marks_port})"),
+                *("dumpcap", "-q", "-P", "-i", "lo", "-B", str(self._buffer_mib), "-s", "0", "-w", str(self.path)),
+                *("-f", " or ".join([*(f"tcp port {port}" for port in self._ports), f"udp port {marks_port}"])),
             ],
             folder=self.path.parent,
             log=self.path.with_suffix(".log"),
@@ -119,6 +153,7 @@ class Capture:
         lost = re.search(r"received/dropped on interface '.*': \d+/(\d+)", process.said())
         if lost is None or lost[1] != "0":
             raise CaptureError(f"packets were lost:\n{process.said()}")
+        recut(self.path, self._pdus)
 
     def abandon(self) -> None:
         """End without caring for what was recorded; nothing happens when it is stopped already."""
@@ -159,7 +194,7 @@ class Capture:
     # --- analysis ---
 
     def malformed(self) -> list[str]:
-        """What the dissector calls broken, or an error, in frames of this port: one line for each, ideally none."""
+        """What the dissector calls broken, or an error, in frames of these ports: one line for each, ideally none."""
         broken = "(_ws.malformed || _ws.expert.severity >= 8388608)"
         fields = ["frame.number", "_ws.expert.message", "_ws.col.Info"]
         return [" ".join(row) for row in self._fields(broken, *fields)]
@@ -205,8 +240,36 @@ class Capture:
             for opcode, pairs in self._fields(logins, "iscsi.opcode", "iscsi.keyvalue")
         ]
 
+    def conversations(self) -> list[Conversation]:
+        """The connections, in the order in which they were made."""
+        found: dict[str, Conversation] = {}
+        names = ("opcode", "datasegmentlength", "targettransfertag", "headerdigest32", "datadigest32", "keyvalue")
+        fields = [f"iscsi.{name}" for name in names]
+        for stream, port, *values in self._fields("iscsi", "tcp.stream", "tcp.srcport", *fields):
+            conversation = found.setdefault(stream, Conversation())
+            codes, lengths, tags, headers, data, pairs = (value.split("|") if value else [] for value in values)
+            opcodes = [int(code, 0) for code in codes]
+            if opcodes[0] in (_LOGIN_REQUEST, _LOGIN_RESPONSE):  # of which there is one at a time
+                keys = conversation.initiator_keys if opcodes[0] == _LOGIN_REQUEST else conversation.target_keys
+                keys.update(dict(pair.split("=", 1) for pair in pairs))
+                continue
+            longest = max(map(int, lengths))
+            if int(port) in self._ports:
+                conversation.longest_from_target = max(conversation.longest_from_target, longest)
+            else:
+                conversation.longest_from_initiator = max(conversation.longest_from_initiator, longest)
+            for opcode, length in zip(opcodes, map(int, lengths), strict=True):
+                conversation.pdus[opcode] += 1
+                conversation.with_data += length > 0
+                conversation.immediate += opcode == _SCSI_COMMAND and length > 0
+            if _DATA_OUT in opcodes:
+                conversation.unsolicited += sum(int(tag, 0) == _RESERVED_TAG for tag in tags)
+            conversation.header_digests += len(headers)
+            conversation.data_digests += len(data)
+        return list(found.values())
+
     def _fields(self, condition: str, *fields: str, two_passes: bool = False) -> list[list[str]]:
-        """One row for each frame of this port that meets the display filter; ``|`` joins a field's values."""
+        """One row for each frame of these ports that meets the display filter; ``|`` joins a field's values."""
         wanted = [word for field in fields for word in ("-e", field)]
         output = self._tshark(
             *(("-2",) if two_passes else ()),
@@ -216,13 +279,15 @@ class Capture:
         return [line.split("\t") for line in output.splitlines()]
 
     def _only(self, condition: str) -> tuple[str, str]:
-        return "-Y", f"tcp.port == {self.port} && ({condition})"
+        ours = " || ".join(f"tcp.port == {port}" for port in self._ports)
+        return "-Y", f"({ours}) && ({condition})"
 
     def _tshark(self, *arguments: str) -> str:
         assert self._process is None, "the recording isn't stopped yet"
         done = subprocess.run(
             [
-                *("tshark", "-n", "-r", str(self.path), "-d", f"tcp.port=={self.port},iscsi"),
+                *("tshark", "-n", "-r", str(self._pdus)),
+                *(word for port in self._ports for word in ("-d", f"tcp.port=={port},iscsi")),
                 *("-o", "tcp.desegment_tcp_streams:TRUE", "-o", "tcp.reassemble_out_of_order:TRUE"),
                 *arguments,
             ],

@@ -118,6 +118,10 @@ class IstgtServer(TargetServer):
             account = " ".join(f'"{word}"' for word in (*chap, *(mutual or ())))
         self._targets.append(_Target(name, lines, account))
 
+    def set_params(self, params: Mapping[str, str]) -> None:
+        """Replace or add to the Global section; it counts from the next `start` or `restart` on."""
+        self._params.update(params)
+
     def start(self) -> None:
         """Start istgt, and return once it listens."""
         for attempt in range(5):

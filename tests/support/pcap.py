@@ -67,19 +67,19 @@ class Stretch:
 
 def read_segments(path: Path) -> Iterator[Segment]:
     """The TCP segments of a capture that have a payload, in the order of the capture."""
-    data = path.read_bytes()
-    order = _MAGICS[data[:4]]
-    (link,) = struct.unpack_from(order + "I", data, 20)
-    if link != _ETHERNET:
-        raise ValueError(f"link type {link} is not Ethernet")
-    position, frame = 24, 0
-    while position + 16 <= len(data):
-        captured, original = struct.unpack_from(order + "II", data, position + 8)
-        frame += 1
-        packet = data[position + 16 : position + 16 + captured]
-        position += 16 + captured
-        if captured == original:
-            yield from _tcp(packet, frame)
+    with path.open("rb") as file:
+        start = file.read(24)
+        order = _MAGICS[start[:4]]
+        (link,) = struct.unpack_from(order + "I", start, 20)
+        if link != _ETHERNET:
+            raise ValueError(f"link type {link} is not Ethernet")
+        frame = 0
+        while len(header := file.read(16)) == 16:
+            captured, original = struct.unpack_from(order + "II", header, 8)
+            frame += 1
+            packet = file.read(captured)
+            if captured == original == len(packet):
+                yield from _tcp(packet, frame)
 
 
 def _tcp(packet: bytes, frame: int) -> Iterator[Segment]:

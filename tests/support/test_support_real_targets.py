@@ -218,7 +218,7 @@ def test_the_dissector_notices_what_is_wrong(tgt_server: TgtServer, start_captur
 @pytest.mark.capture
 def test_a_recording_that_lost_packets_is_refused(tmp_path: Path) -> None:
     with socket.create_server((HOST, 0)) as listener:
-        recording = Capture(tmp_path / "small.pcapng", port=listener.getsockname()[1], buffer_mib=1)
+        recording = Capture(tmp_path / "small.pcap", port=listener.getsockname()[1], buffer_mib=1)
         recording.start()
         with socket.create_connection(listener.getsockname()) as near, listener.accept()[0] as far:
             assert recording.pid is not None
