@@ -99,7 +99,6 @@ class Capture:
         """Prepare a recording of these ports into ``path`` (pcap), with a kernel buffer of ``buffer_mib`` MiB."""
         self.path = path
         self._ports = (port, *more_ports)
-        self._pdus = path.with_suffix(".pdus.pcap")
         self._buffer_mib = buffer_mib
         self._process: ServerProcess | None = None
         self._marks = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -139,7 +138,7 @@ class Capture:
         self._wait_for_mark("to begin", timeout=15)
 
     def stop(self) -> None:
-        """End, and return once every packet is in the file; CaptureError if any was lost."""
+        """End, and return once everything is in the file, PDU by PDU (`recut`); CaptureError if a packet was lost."""
         process = self._process
         if process is None:
             return
@@ -153,7 +152,9 @@ class Capture:
         lost = re.search(r"received/dropped on interface '.*': \d+/(\d+)", process.said())
         if lost is None or lost[1] != "0":
             raise CaptureError(f"packets were lost:\n{process.said()}")
-        recut(self.path, self._pdus)
+        pdus = self.path.with_suffix(".pdus")
+        recut(self.path, pdus)
+        pdus.replace(self.path)  # both would be a lot
 
     def abandon(self) -> None:
         """End without caring for what was recorded; nothing happens when it is stopped already."""
@@ -286,7 +287,7 @@ class Capture:
         assert self._process is None, "the recording isn't stopped yet"
         done = subprocess.run(
             [
-                *("tshark", "-n", "-r", str(self._pdus)),
+                *("tshark", "-n", "-r", str(self.path)),
                 *(word for port in self._ports for word in ("-d", f"tcp.port=={port},iscsi")),
                 *("-o", "tcp.desegment_tcp_streams:TRUE", "-o", "tcp.reassemble_out_of_order:TRUE"),
                 *arguments,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from support.capture import Capture
 from support.pcap import Endpoint, Segment, read_segments, stretches
 from support.recut import recut
 
@@ -97,3 +98,15 @@ def test_a_pdu_that_is_longer_than_a_packet(tmp_path: Path) -> None:
     assert [len(segment.payload) for segment in found] == [60_000, 60_000, 60_000, 20_048]
     (stretch,) = stretches(found)
     assert stretch.data == long
+
+
+@pytest.mark.capture
+def test_the_dissector_sees_every_pdu(tmp_path: Path) -> None:
+    stream = pdu(0x05, bytes(512)) * 3
+    parts = (stream[:564], stream[564:])  # 4 bytes of the second PDU are in the first segment
+    segments = [(CLIENT, TARGET, 1, parts[0]), (CLIENT, TARGET, 565, parts[1])]
+    cut(tmp_path, segments)
+    judge = Capture(tmp_path / "new.pcap", port=TARGET[1])
+    judge.abandon()
+    assert judge.pdu_counts() == {0x05: 3}
+    assert judge.unrecognised() == []
