@@ -136,13 +136,17 @@ def best_designator(designators: Iterable[Designator]) -> Designator | None:
     Source: SPC-4 §7.8.6.11.
     """
     ranked = [
-        (rank, designator.identifier, designator)
+        # A name may be listed twice, in two code sets: which of them is taken must not depend on the order either.
+        (
+            (rank, designator.identifier, designator.code_set, designator.protocol is None, designator.protocol or 0),
+            designator,
+        )
         for designator in designators
         if designator.association == Association.LOGICAL_UNIT
         and designator.identifier.strip(b" \0")
         and (rank := _rank(designator)) is not None
     ]
-    return min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
+    return min(ranked, key=lambda entry: entry[0])[1] if ranked else None
 
 
 _NAA_LENGTH = {6: 16, 3: 8, 5: 8, 2: 8}

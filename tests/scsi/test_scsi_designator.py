@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,3 +82,17 @@ def test_no_identity(designators: list[Designator]) -> None:
 @given(st.permutations([NAA_6, _designator(3, "6" + "1" * 31), _designator(3, "6" + "2" * 31), EUI, T10]))
 def test_the_order_of_the_page_does_not_matter(designators: list[Designator]) -> None:
     assert best_designator(designators) == NAA_6
+
+
+@given(
+    st.permutations(
+        [
+            replace(NAA_6, code_set=3),
+            replace(NAA_6, protocol=0),
+            replace(NAA_6, protocol=5),
+            replace(NAA_6, code_set=2),
+        ]
+    )
+)
+def test_the_order_of_the_page_does_not_matter_for_one_name_either(designators: list[Designator]) -> None:
+    assert best_designator(designators) == replace(NAA_6, protocol=0)
