@@ -125,6 +125,8 @@ def _user(userinfo: str) -> tuple[str, str | None]:
             raise UrlError("the URL has no user before its @")
         if ":" in userinfo and not userinfo.lower().startswith(("iqn.", "naa.", "eui.")):
             raise UrlError("in an iSCSI URL the password follows a %, not a colon: write user%password@host")
+        if _decoded(userinfo) is None:  # an odd command line: bytes that aren't UTF-8
+            raise UrlError("the URL's user can't be sent: it has to be UTF-8 without NUL")
         return userinfo, None
     parts = userinfo.split("%")
     for count in range(1, len(parts)):
