@@ -199,7 +199,7 @@ def _lie(draw: random.Random) -> _Made:
 
     def lie(pdu: Pdu) -> Pdu:
         own = {field.name for field in fields(pdu)}
-        name = next((name for name in names if name in own and not (name == "status" and _fails(pdu))), "stat_sn")
+        name = next((name for name in names if name in own and not _is_unnoticed(pdu, name)), "stat_sn")
         if name not in own:
             return pdu
         changes: dict[str, Any] = {name: _LIES[name](random.Random(seed), getattr(pdu, name))}  # noqa: S311 - see above
@@ -208,9 +208,15 @@ def _lie(draw: random.Random) -> _Made:
     return f"wrong {names[0]} or the like", Change(lie)
 
 
-def _fails(pdu: Pdu) -> bool:
-    """Whether a command has failed, so that another status might be a better one."""
-    return isinstance(pdu, ScsiResponse) and pdu.status != _GOOD
+def _is_unnoticed(pdu: Pdu, name: str) -> bool:
+    """Whether a lie in this field might be taken for the truth.
+
+    A command that has failed might look better than it is; and who goes on with another tag in the middle of a list
+    of targets is told that the list is at its end.
+    """
+    return (name == "status" and isinstance(pdu, ScsiResponse) and pdu.status != _GOOD) or (
+        name == "ttt" and isinstance(pdu, TextResponse)
+    )
 
 
 _Number = Callable[[random.Random, int], int]

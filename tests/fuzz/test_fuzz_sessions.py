@@ -14,8 +14,8 @@ from iscsifuse.initiator.logical_unit import LogicalUnit
 from iscsifuse.initiator.transport import Transport
 from iscsifuse.iscsi.connection import Connection
 from iscsifuse.iscsi.pdu import Pdu, decode_stream
-from iscsifuse.iscsi.response import DataIn, LoginResponse, ScsiResponse, TextResponse
-from iscsifuse.testing.actions import Pass
+from iscsifuse.iscsi.response import R2T, DataIn, LoginResponse, ScsiResponse, TextResponse
+from iscsifuse.testing.actions import Change, Pass
 from iscsifuse.testing.mutator import Damage, mutations
 
 pytestmark = pytest.mark.conformance("B12")
@@ -161,6 +161,24 @@ def test_with_digests_anything_may_be_damaged_and_none_is_made_right_again() -> 
         assert found is None or found == (pdu, len(whole)), "damage that can't be seen"
     assert any(place > 48 for place in places)
     assert any(place < 48 for place in places)
+
+
+def test_lies_that_nobody_could_notice_are_not_told() -> None:
+    pdus = [
+        DataIn(itt=5, ttt=7, data=PAYLOAD, data_sn=3, buffer_offset=512),
+        ScsiResponse(itt=5, status=2, data=PAYLOAD),
+        ScsiResponse(itt=5),
+        TextResponse(itt=5, ttt=7, data=PAYLOAD),
+        R2T(itt=5, ttt=7, desired_data_transfer_length=512),
+    ]
+    lies = [rule.action for seed in range(2000) for rule in mutations(seed) if isinstance(rule.action, Change)]
+    for pdu in pdus:
+        told = {action.function(pdu) for action in lies} - {pdu}
+        assert len(told) > 20
+        for lie in told:
+            assert (lie.itt, lie.data) == (pdu.itt, pdu.data)
+            assert not isinstance(lie, TextResponse) or lie.ttt == 7
+            assert not isinstance(lie, ScsiResponse) or lie.status != 0 or lie.status == pdu.status  # type: ignore[attr-defined]
 
 
 def test_a_login_response_may_be_damaged_anyhow() -> None:
