@@ -59,6 +59,8 @@ _STATUS_BYTE = 3
 _TAG = range(16, 20)
 _UNNOTICED = frozenset({_STATUS_BYTE, *_TAG})
 """Bytes of a header whose damage would be taken for the truth: success, or an answer to another command."""
+_UNNOTICED_IN_TEXT = _UNNOTICED | frozenset({5, 6, 7, *range(20, 24)})
+"""Lengths and Target Transfer Tag, too: a list of targets that was cut is a list."""
 _BITS_32 = 0xFFFFFFFF
 _GOOD = 0
 
@@ -122,7 +124,7 @@ class Damage:
         if self.without_data:
             return (Pass(raw if rest else self.header(head)),)
         damaged = bytearray(self.header(head))
-        for place in _UNNOTICED:
+        for place in _UNNOTICED_IN_TEXT if isinstance(pdu, TextResponse) else _UNNOTICED:
             damaged[place] = head[place]
         return (Pass(bytes(damaged) + rest),)
 
