@@ -68,11 +68,14 @@ def _fuzz(name: str, *, minutes: float, work: Path) -> None:
             _sum_up(name, executions, found, "no finding")
             os._exit(0)  # atheris has no other way to end without being killed
 
+    dictionary = work / name / "words"
+    dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words))
     arguments = [
         sys.argv[0],
         str(found),
         str(target.seeds()[0].parent),
         f"-artifact_prefix={work / name}/finding-",
+        f"-dict={dictionary}",
         f"-max_len={target.max_length}",
         f"-rss_limit_mb={MIB_LIMIT}",
         f"-timeout={_HANG}",
@@ -81,6 +84,11 @@ def _fuzz(name: str, *, minutes: float, work: Path) -> None:
     ]
     atheris.Setup(arguments, one)
     atheris.Fuzz()
+
+
+def _escaped(word: bytes) -> str:
+    """As libFuzzer wants it."""
+    return "".join(f"\\x{byte:02x}" for byte in word)
 
 
 def _sum_up(name: str, executions: int, found: Path, verdict: str) -> None:

@@ -86,6 +86,15 @@ _MOST = 60
 _MOST_OF_A_KIND = 3
 """PDUs with the same opcode, from one connection."""
 
+_PROPOSALS: tuple[list[tuple[str, str]], ...] = (
+    [("IFMarker", "Yes"), ("OFMarkInt", "1~2048"), ("X-com.example.key", "1"), ("iSCSIProtocolLevel", "2")],
+    [("TaskReporting", "FastAbort,RFC3720"), ("MaxConnections", "4"), ("ErrorRecoveryLevel", "2")],
+    [("InitiatorName", INITIATOR), ("SessionType", "Normal"), ("TargetAddress", "10.0.0.1"), ("TargetAddress", "h")],
+    [("FirstBurstLength", "Irrelevant"), ("ImmediateData", "No"), ("InitialR2T", "Yes"), ("HeaderDigest", "None")],
+    [("DataDigest", "Reject"), ("MaxBurstLength", "NotUnderstood"), ("DefaultTime2Wait", "3600")],
+)
+"""Keys that neither of the recorded targets would send."""
+
 Seeds = dict[str, dict[bytes, str]]
 
 
@@ -410,6 +419,13 @@ def _make(seeds: Seeds) -> None:
             + record_of(LoginResponse(csg=1, data=b"MaxRecvDataSegmentLength=512\0X-com.example.key=1\0"))
             + record_of(LoginResponse(csg=1, data=b""))
             + record_of(LoginResponse(transit=True, csg=1, nsg=3, data=b"HeaderDigest=None\0")),
+        ],
+        "negotiation": [
+            bytes([options])
+            + b"TargetPortalGroupTag=1\0TargetAlias=a\0IFMarker=No\0\0"
+            + text.encode(proposal).rstrip(b"\0")
+            for options in (0, 1, 8, 63)
+            for proposal in _PROPOSALS
         ],
         "connection": _conversations(),
     }
