@@ -69,7 +69,7 @@ def _fuzz(name: str, *, minutes: float, work: Path) -> None:
             os._exit(0)  # atheris has no other way to end without being killed
 
     dictionary = work / name / "words"
-    dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words))
+    dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words or (b"\0",)))  # not an empty one
     arguments = [
         sys.argv[0],
         str(found),
