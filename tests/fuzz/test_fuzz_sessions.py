@@ -83,10 +83,10 @@ def test_an_error_of_another_kind_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_descriptor_that_stays_open_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
 
-    def forget(transport: Transport) -> None:
+    def forget(transport: Transport, *, in_order: bool = False) -> None:
         if not transport._closed:
             kept.append(transport._sock.dup())
-            real(transport)
+            real(transport, in_order=in_order)
 
     real = Transport.close
     monkeypatch.setattr(Transport, "close", forget)

@@ -98,6 +98,7 @@ class Capture:
     def __init__(self, path: Path, *, port: int, more_ports: Sequence[int] = (), buffer_mib: int = 256) -> None:
         """Prepare a recording of these ports into ``path`` (pcap), with a kernel buffer of ``buffer_mib`` MiB."""
         self.path = path
+        self.port = port
         self._ports = (port, *more_ports)
         self._buffer_mib = buffer_mib
         self._process: ServerProcess | None = None
