@@ -44,8 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Who starts the tests in the background, as a CI may, leaves SIGINT ignored; so it would be in all children.
+    # Who starts the tests in the background, or by nohup, as a CI may, leaves signals ignored, for all children, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["PATH"] = sbin_path()
     os.environ[leakguard.RUN] = uuid.uuid4().hex
     config.pluginmanager.register(LogGuard(), "iscsifuse-log-guard")

@@ -145,12 +145,9 @@ async def serve(plan: MountPlan, *, ready: Callable[[bool], None], assemble: Ass
 
 
 def _signals() -> list[signal.Signals]:
-    """The signals that end a mount; not those that whoever started us had us ignore (nohup)."""
-    return [
-        number
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    ]
+    """The signals that end a mount; not those that whoever started us had us ignore (nohup), but always SIGTERM."""
+    asked = (number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN)
+    return [signal.SIGTERM, *asked]
 
 
 class _Mount:

@@ -20,7 +20,7 @@ from iscsifuse.testing.mutator import Damage, mutations
 
 pytestmark = pytest.mark.conformance("B12")
 
-QUICK = 200
+QUICK = 100
 SLOW = 10_000
 
 

@@ -61,7 +61,7 @@ def footprint() -> tuple[int, int, int]:
     )
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
 async def test_reconnects_leave_nothing_behind(count: int, lines: Lines) -> None:
     disk = Disk(blocks=64, journal=False)
     began = time.monotonic()

@@ -183,7 +183,7 @@ def test_a_connection_that_ends_at_any_byte(request: pytest.FixtureRequest) -> N
     sent = trace()
     assert sent == trace()  # or else a place would mean nothing
     headers = [place for place in every_byte(one_of_each_kind(sent.values())) if place.after <= BHS_LENGTH]
-    where = chosen(request, every_byte(sent.values()), headers, samples=110)
+    where = chosen(request, every_byte(sent.values()), headers, samples=60)
     logins = {key for key, one in sent.items() if _is_login(one)}
     for number, place in enumerate(where):
         recorder = Recorder((place, Cut(place.after, reset=number % 2 == 0)))
