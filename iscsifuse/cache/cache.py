@@ -165,7 +165,9 @@ class BlockCache(BlockFile):
         elif unsynced.extents or unsynced.has_orphans:
             for _ in unsynced.take():
                 pass
-            self._errors.record(WriteBackError("the disk was reset before it was flushed, when it was too late"))
+            self._errors.record(
+                WriteBackError("the disk was reset: what was not flushed may be lost, and nobody can write it again")
+            )
 
     def _flush_begins(self) -> None:
         self._flush_wanted = False

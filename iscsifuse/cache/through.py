@@ -86,7 +86,7 @@ class WriteThrough:
             extent.view[start:end] = data[position : position + end - start]
             position += end - start
             extent.valid |= blocks
-            self._write_back.take(extent, blocks)
+            self._write_back.start_writing(extent, blocks)
             first, last = start // geometry.block_length, -(-end // geometry.block_length)
             if not (transfers and transfers[-1].add(geometry, extent, first, last)):
                 transfers.append(Transfer.of(geometry, extent, first, last))

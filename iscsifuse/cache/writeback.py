@@ -171,7 +171,7 @@ class WriteBack:
         if idle:  # Else a worker has been kicked for what stands there, and kicks the next one; or all are busy.
             self._workers.kick()
 
-    def take(self, extent: Extent, blocks: int) -> None:
+    def start_writing(self, extent: Extent, blocks: int) -> None:
         """Some valid blocks are being written from now on."""
         extent.dirty &= ~blocks
         extent.writing |= blocks
@@ -301,7 +301,7 @@ class WriteBack:
 
     def _begin(self, extent: Extent, transfer: Transfer) -> None:
         blocks = transfer.parts[-1][1]
-        self.take(extent, blocks)
+        self.start_writing(extent, blocks)
         extent.cursor = blocks.bit_length() % self._geometry.blocks
         if not extent.dirty:
             self._ready.pop(extent, None)
@@ -353,7 +353,7 @@ class WriteBack:
                     self.unsynced.add(extent, blocks)
                 self._settle(extent, blocks, written=written)
         if lost and not self._running:
-            self._errors.record(WriteBackError("the disk was reset while it was written to, when it was too late"))
+            self._errors.record(WriteBackError("the disk was reset during a write that nobody can make again"))
         self._wake()
 
     def flush_begins(self) -> None:

@@ -124,7 +124,7 @@ class LogicalUnit:
 
     @property
     def volatile(self) -> bool:
-        """Whether what was written may be lost until `flush`. Source: SBC-3 §6.4.5 (WCE)."""
+        """Whether what was written may be lost until `flush`. Source: SBC-3 §6.5.5 (WCE)."""
         return self._has_volatile_cache
 
     async def read_into(self, buffer: memoryview, *, lba: int) -> None:
