@@ -9,7 +9,6 @@ Source: SPC-4 §6.4 (INQUIRY), §6.33 (REPORT LUNS), §7.8 (VPD pages), §6.11 (
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
 
 import trio
 
@@ -24,6 +23,7 @@ from iscsifuse.errors import (
 )
 from iscsifuse.initiator.commander import Commander
 from iscsifuse.initiator.groups import plain_errors
+from iscsifuse.initiator.identity import Identity, VitalProductData, examine_identity
 from iscsifuse.initiator.nexus import Nexus
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi import lun as luns
@@ -33,14 +33,13 @@ from iscsifuse.scsi.designator import Designator
 from iscsifuse.scsi.inquiry import Inquiry, device_type_words
 from iscsifuse.scsi.mode import CachingPage, ModeParameters
 
-__all__ = ["LunDescription", "examine_capacity", "examine_identity", "scan"]
+__all__ = ["LunDescription", "examine_capacity", "scan"]
 
 log = logging.getLogger(__name__)
 
 _INQUIRY_LENGTH = 255
 _SHORTEST_INQUIRY = 36
 """Bytes. Source: SPC-4 §6.6.2."""
-_VPD_LENGTH = 4096
 _LUNS_LENGTH = 8192
 _MODE_LENGTH = 192
 _CACHING = 0x08
@@ -59,8 +58,7 @@ class LunDescription:
         address: the 8 bytes as REPORT LUNS gave them.
         inquiry: standard INQUIRY data.
         capacity: or None where it isn't a disk, or can't say.
-        serial: of VPD page 80h, or None.
-        designators: of VPD page 83h.
+        identity: who it is, as far as it says.
         block_limits: VPD page B0h, or None.
         characteristics: VPD page B1h, or None.
         provisioning: VPD page B2h, or None.
@@ -74,8 +72,7 @@ class LunDescription:
     address: bytes
     inquiry: Inquiry
     capacity: Capacity | None = None
-    serial: str | None = None
-    designators: tuple[Designator, ...] = ()
+    identity: Identity = field(default_factory=Identity)
     block_limits: vpd.BlockLimits | None = None
     characteristics: vpd.BlockDeviceCharacteristics | None = None
     provisioning: vpd.LogicalBlockProvisioning | None = None
@@ -83,6 +80,16 @@ class LunDescription:
     write_protected: bool = False
     dpofua: bool = False
     problem: str | None = field(default=None)
+
+    @property
+    def serial(self) -> str | None:
+        """Of VPD page 80h."""
+        return self.identity.serial
+
+    @property
+    def designators(self) -> tuple[Designator, ...]:
+        """Of VPD page 83h."""
+        return self.identity.designators
 
     @property
     def is_disk(self) -> bool:
@@ -202,39 +209,16 @@ async def _examine(nexus: Nexus, address: luns.LunAddress, number: int) -> LunDe
 
 async def _examine_pages(commander: Commander, base: LunDescription) -> LunDescription:
     """What the vital product data say."""
-    serial, designators, pages = await examine_identity(commander)
+    pages = VitalProductData(commander)
+    identity = await examine_identity(pages)
+    if identity.unread:
+        log.warning("%s could not tell who it is; it is asked again when its session was lost", commander.label)
     return replace(
         base,
-        serial=serial,
-        designators=designators,
-        block_limits=await _page(commander, pages, vpd.VpdPage.BLOCK_LIMITS, vpd.BlockLimits),
-        characteristics=await _page(
-            commander, pages, vpd.VpdPage.BLOCK_DEVICE_CHARACTERISTICS, vpd.BlockDeviceCharacteristics
-        ),
-        provisioning=await _page(
-            commander, pages, vpd.VpdPage.LOGICAL_BLOCK_PROVISIONING, vpd.LogicalBlockProvisioning
-        ),
-    )
-
-
-async def examine_identity(commander: Commander) -> tuple[str | None, tuple[Designator, ...], frozenset[int]]:
-    """Who a unit is.
-
-    Returns:
-        Its serial number (VPD 80h), its designators (VPD 83h), and the VPD pages that it has.
-
-    Raises:
-        SessionLostError, CommandTimeoutError, DigestError: nothing can be said now.
-    """
-    supported = await _vpd(commander, vpd.VpdPage.SUPPORTED_PAGES, vpd.SupportedPages)
-    # A unit without the list of pages may still have the two that were there before the list was common.
-    pages = frozenset(supported.pages) if supported is not None else frozenset({0x80, 0x83})
-    serial = await _page(commander, pages, vpd.VpdPage.UNIT_SERIAL_NUMBER, vpd.UnitSerialNumber)
-    identification = await _page(commander, pages, vpd.VpdPage.DEVICE_IDENTIFICATION, vpd.DeviceIdentification)
-    return (
-        serial.serial if serial is not None else None,
-        identification.designators if identification is not None else (),
-        pages,
+        identity=identity,
+        block_limits=await pages.read(vpd.VpdPage.BLOCK_LIMITS, vpd.BlockLimits),
+        characteristics=await pages.read(vpd.VpdPage.BLOCK_DEVICE_CHARACTERISTICS, vpd.BlockDeviceCharacteristics),
+        provisioning=await pages.read(vpd.VpdPage.LOGICAL_BLOCK_PROVISIONING, vpd.LogicalBlockProvisioning),
     )
 
 
@@ -303,28 +287,3 @@ async def _mode(commander: Commander) -> ModeParameters | None:
         except (CommandError, ParameterDataError, TransferError) as error:
             log.debug("%s", error)
     return None
-
-
-_T_co = TypeVar("_T_co", covariant=True)
-
-
-class _Decoder(Protocol[_T_co]):
-    """A class of VPD page."""
-
-    def decode(self, data: bytes) -> _T_co: ...
-
-
-async def _page(
-    commander: Commander, pages: frozenset[int], page: vpd.VpdPage, decoder: _Decoder[_T_co]
-) -> _T_co | None:
-    """A VPD page, or None where the unit doesn't have it or it can't be used."""
-    return await _vpd(commander, page, decoder) if page in pages else None
-
-
-async def _vpd(commander: Commander, page: vpd.VpdPage, decoder: _Decoder[_T_co]) -> _T_co | None:
-    try:
-        cdb = cdbs.inquiry(allocation_length=_VPD_LENGTH, page=page)
-        return decoder.decode(await commander.query(cdb, length=_VPD_LENGTH))
-    except (CommandError, ParameterDataError, TransferError) as error:
-        log.debug("%s", error)
-        return None

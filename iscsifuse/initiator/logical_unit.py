@@ -46,14 +46,14 @@ from iscsifuse.errors import (
 from iscsifuse.initiator.commander import Commander, Executor
 from iscsifuse.initiator.depth import QueueDepth
 from iscsifuse.initiator.groups import plain_errors
-from iscsifuse.initiator.inventory import LunDescription, examine_capacity, examine_identity
+from iscsifuse.initiator.identity import VitalProductData, examine_identity
+from iscsifuse.initiator.inventory import LunDescription, examine_capacity
 from iscsifuse.initiator.nexus import Nexus, Started
 from iscsifuse.initiator.policy import Change, judge
 from iscsifuse.initiator.session import Session
 from iscsifuse.iscsi.tasks import Task
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi.capacity import Capacity
-from iscsifuse.scsi.designator import Association, Designator
 from iscsifuse.scsi.sense import SenseKey
 
 __all__ = ["LogicalUnit"]
@@ -102,6 +102,7 @@ class LogicalUnit:
         self.on_inventory: Callable[[], None] | None = None
         self._nexus = nexus
         self._address = description.address
+        self._identity = description.identity
         self._is_another = False
         self._unproven = ""  # why it can't be told whether it is
         self._proofs = 0  # of those that news asked for, how many have begun
@@ -393,7 +394,7 @@ class LogicalUnit:
         commander = self._make_commander(session, notice=False, limit=PROOF_PATIENCE if wait else None)
         try:
             await commander.run(cdbs.test_unit_ready())
-            serial, designators, _ = await examine_identity(commander)
+            identity = await examine_identity(VitalProductData(commander))
             capacity = await examine_capacity(commander, version=self.description.inquiry.version)
         except SessionLostError:
             raise
@@ -401,10 +402,9 @@ class LogicalUnit:
             gone = isinstance(error, CommandError) and error.asc == _NOT_SUPPORTED
             what = "isn't there any more" if gone else "can't be examined any more"
             return self._cant_tell(f"{self.label} {what}: {error}", wait=wait)
-        known = self.description
-        if (serial is None and known.serial is not None) or (known.designators and not designators):
+        if self._identity.is_missing_in(identity):
             return self._cant_tell(f"{self.label} doesn't say any more who it is", wait=wait)
-        if (serial, _of_unit(designators)) != (known.serial, _of_unit(known.designators)):
+        if not self._identity.agrees_with(identity):
             self._fail(f"another disk answers where {self.label} was: its identity is not the one that was mounted")
         elif (capacity.block_length, capacity.blocks) == (self.block_length, self.block_count):
             self._unbar()
@@ -416,6 +416,8 @@ class LogicalUnit:
                 f"{self.label} came back with {capacity.blocks} blocks of {capacity.block_length} bytes instead of "
                 f"{self.block_count} of {self.block_length}"
             )
+        if not self._is_another and identity.unread < self._identity.unread:
+            self._identity = identity  # it says more than it did at first
         return True
 
     def _unbar(self) -> None:
@@ -437,8 +439,3 @@ class LogicalUnit:
         if gone and self.on_change is not None:
             self.on_change()
         return False
-
-
-def _of_unit(designators: tuple[Designator, ...]) -> frozenset[Designator]:
-    """Those that belong to the unit itself; the others name the port, and another portal has another one."""
-    return frozenset(one for one in designators if one.association == Association.LOGICAL_UNIT)

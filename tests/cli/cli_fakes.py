@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from iscsifuse.errors import IscsifuseError
+from iscsifuse.initiator.identity import Identity
 from iscsifuse.initiator.inventory import LunDescription
 from iscsifuse.initiator.settings import DiscoveredTarget, Portal, SessionSettings, TargetPortal
 from iscsifuse.iscsi.parameters import NegotiatedParameters
@@ -28,9 +29,9 @@ def disk(lun: int, *, blocks: int = 131072, block_length: int = 512, **changes: 
         "address": lun.to_bytes(2, "big") + bytes(6),
         "inquiry": Inquiry(vendor="ACME", product="Turbo Disk", revision="1.0", version=6, cmdque=True),
         "capacity": Capacity(last_lba=blocks - 1, block_length=block_length),
-        "serial": f"SN{lun}",
     }
-    return LunDescription(**{**values, **changes})
+    identity = Identity(serial=changes.pop("serial", f"SN{lun}"), designators=changes.pop("designators", ()))
+    return LunDescription(**{**values, "identity": identity, **changes})
 
 
 def controller(lun: int) -> LunDescription:

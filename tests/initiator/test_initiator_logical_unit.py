@@ -483,6 +483,55 @@ async def test_logical_unit_proof(
     assert bool(nexus.barred) == (error is IdentityError)
 
 
+@pytest.mark.conformance(100)
+@pytest.mark.expect_log("who it is|another disk answers|is there again")
+@jumping
+async def test_logical_unit_what_could_not_be_read_at_first_is_no_sign_of_another_disk() -> None:
+    """VPD 80h fails at the scan, works later → the same disk; from then on its serial number counts."""
+    fake = FakeUnit(vpd_80=Reply.check(K.HARDWARE_ERROR, 0x44))
+    unit, nexus = await _fake(fake)
+    assert unit.description.serial is None
+    (guard,) = nexus.guards
+    assert await guard(nexus) is True  # still nothing
+    fake.change(vpd_80=Reply(UnitSerialNumber("LATE").encode()))
+    assert await guard(nexus) is True
+    assert not nexus.barred
+    fake.change(vpd_80=Reply.check(K.HARDWARE_ERROR, 0x44))
+    assert await guard(nexus) is False  # it was known by now
+    fake.change(vpd_80=Reply(UnitSerialNumber("LATE").encode()))
+    assert await guard(nexus) is True
+    fake.change(vpd_80=Reply(UnitSerialNumber("OTHER").encode()))
+    assert await guard(nexus) is True
+    assert type(nexus.barred[unit.description.address]) is IdentityError
+
+
+@pytest.mark.conformance(100)
+@pytest.mark.expect_log("could not tell who it is|another disk answers")
+@pytest.mark.parametrize(
+    ("at_first", "later"),
+    [
+        ({"vpd_80": illegal(0x24)}, {"vpd_80": Reply(UnitSerialNumber("NEW").encode())}),  # it had none
+        (
+            {"vpd_80": Reply.check(K.HARDWARE_ERROR, 0x44)},
+            {"vpd_83": Reply(DeviceIdentification((designator(2),)).encode())},
+        ),
+        ({"vpd_83": Reply.check(K.HARDWARE_ERROR, 0x44)}, {"vpd_80": Reply(UnitSerialNumber("NEW").encode())}),
+        ({"vpd_83": Reply(b"\0\x83\0\4abcd")}, {"vpd_83": Reply(DeviceIdentification((designator(2),)).encode())}),
+    ],
+)
+@jumping
+async def test_logical_unit_what_was_read_at_first_is_compared(
+    at_first: dict[str, Reply], later: dict[str, Reply]
+) -> None:
+    fake = FakeUnit(**at_first)
+    unit, nexus = await _fake(fake)
+    assert await nexus.guards[0](nexus) is True
+    assert not nexus.barred
+    fake.change(**later)
+    assert await nexus.guards[0](nexus) is True
+    assert type(nexus.barred[unit.description.address]) is IdentityError
+
+
 @jumping
 async def test_logical_unit_proof_on_a_session_that_dies() -> None:
     fake = FakeUnit()
