@@ -18,10 +18,11 @@ POLICY_MARK="# put here by iscsifuse's scripts while they install packages"
 
 RUN_PACKAGES=(fuse3 e2fsprogs util-linux mount)
 BUILD_PACKAGES=(libfuse3-dev pkg-config gcc libc6-dev)
-# What the tests run against; where one is missing, its tests skip.
+# What the tests run against; where one is missing, its tests skip. (tini: see scripts/test.)
 # shellcheck disable=SC2034 # whoever reads this file in uses it
 TEST_PACKAGES=(
     tgt istgt tshark libiscsi-bin libnbd-bin qemu-system-common qemu-utils qemu-block-extra sleuthkit ntfs-3g fdisk fio
+    tini
 )
 
 # Nobody is asked anything, and standard input may be closed altogether.
