@@ -244,6 +244,13 @@ class Disk:
         count = self.blocks - lba if blocks is None else blocks
         return self.backing.read(offset=lba * self.block_length, length=count * self.block_length)
 
+    def stable_contents(self) -> bytes:
+        """What all blocks would hold after a power cut."""
+        contents = bytearray(self.contents())
+        for block, (data, _) in self._journal.items():
+            contents[block * self.block_length : (block + 1) * self.block_length] = data
+        return bytes(contents)
+
     def read(self, *, lba: int, blocks: int) -> bytes:
         """The blocks' bytes.
 
