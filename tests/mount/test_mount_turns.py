@@ -197,7 +197,6 @@ async def test_nobody_looks_for_requests_while_a_command_is_under_way(
         return False
 
     monkeypatch.setattr(loop, "glance", glance)
-    turns._glance.limit = 1000
 
     async def wait_once() -> None:
         async with turns:
@@ -205,6 +204,7 @@ async def test_nobody_looks_for_requests_while_a_command_is_under_way(
 
     for under_way, expected in ((1, 0), (0, 1)):
         loop.under_way = under_way
+        turns._glance.limit = 1000  # each wait teaches it how long one takes here and now
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait_once)
             await trio.testing.wait_all_tasks_blocked()
