@@ -20,7 +20,8 @@ from iscsifuse.initiator.login import LoggedIn, log_in, login_config, make_isid
 from iscsifuse.initiator.settings import DiscoveredTarget, Portal, SessionSettings, TargetPortal
 from iscsifuse.initiator.transport import Transport
 from iscsifuse.iscsi import sendtargets
-from iscsifuse.iscsi.connection import Connection, Event
+from iscsifuse.iscsi.connection import Connection
+from iscsifuse.iscsi.incoming import Event
 from iscsifuse.iscsi.names import printable
 from iscsifuse.iscsi.request import LogoutRequest
 from iscsifuse.iscsi.response import AsyncMessage, LogoutResponse, NopIn, Reject, TextResponse

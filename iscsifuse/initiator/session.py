@@ -37,7 +37,8 @@ from iscsifuse.initiator.login import LoggedIn
 from iscsifuse.initiator.loop import Glance, Loop
 from iscsifuse.initiator.settings import SessionSettings
 from iscsifuse.initiator.statistics import CommandRow, CommandStatistics
-from iscsifuse.iscsi.connection import Connection, Event
+from iscsifuse.iscsi.connection import Connection
+from iscsifuse.iscsi.incoming import Event
 from iscsifuse.iscsi.request import DataOut, LogoutRequest, NopOut, TaskFunction, TaskManagementRequest
 from iscsifuse.iscsi.response import (
     AsyncEvent,

@@ -1,12 +1,9 @@
 """The full feature phase of one connection: commands in, buffers out; bytes in, events out.
 
-This is the protocol object between the login and the logout. It owns the numbering (CmdSN, StatSN), the task table,
-the flow of data in both directions, and every check of what the target sends. It owns no socket: `submit` and
+This is the protocol object between the login and the logout: what leaves is here (the numbering, the window, what
+waits for it, and the order of all of it), what comes is judged in `Incoming`. It owns no socket: `submit` and
 `request` put buffers into ``output``, which somebody sends in order; received bytes go where `buffers` says, and
 `received` returns what happened.
-
-**Who is asked.** A PDU with an Initiator Task Tag belongs to a `Task` (SCSI commands) or to a request (NOP-Out, task
-management, logout, text); an unknown tag belongs to nobody and completes nothing: its data goes to a sink.
 
 **Error recovery level 0.** Anything that RFC 7143 lets us repair only by recovery within a connection or a command
 raises ProtocolError (or DigestError, FormatError) out of `received`. The connection is then finished: the caller
@@ -26,63 +23,26 @@ import struct
 from collections import deque
 from dataclasses import replace
 
-from iscsifuse.errors import (
-    DigestError,
-    FormatError,
-    IscsifuseError,
-    ProtocolError,
-    SessionLostError,
-    TransferError,
-)
+from iscsifuse.errors import IscsifuseError, ProtocolError, SessionLostError
 from iscsifuse.iscsi.dataout import Buffer, data_out_burst
 from iscsifuse.iscsi.digest import crc32c_bytes
-from iscsifuse.iscsi.framing import FrameReceiver
+from iscsifuse.iscsi.incoming import Event, Incoming
 from iscsifuse.iscsi.parameters import NegotiatedParameters
-from iscsifuse.iscsi.pdu import FINAL, RESERVED_TAG, Opcode, Pdu, decode, padding
-from iscsifuse.iscsi.request import (
-    DataOut,
-    LogoutRequest,
-    NopOut,
-    TaskAttribute,
-    TaskManagementRequest,
-    TextRequest,
-)
-from iscsifuse.iscsi.response import (
-    AsyncMessage,
-    LogoutResponse,
-    NopIn,
-    Reject,
-    RejectReason,
-    TaskManagementResponse,
-    TextResponse,
-)
+from iscsifuse.iscsi.pdu import FINAL, RESERVED_TAG, Opcode, padding
+from iscsifuse.iscsi.request import LogoutRequest, NopOut, TaskAttribute, TaskManagementRequest, TextRequest
 from iscsifuse.iscsi.serial import MASK
 from iscsifuse.iscsi.tasks import Task
 from iscsifuse.iscsi.window import CommandWindow
 
-__all__ = ["MAX_TEXT_LENGTH", "Connection", "Event", "Request"]
+__all__ = ["Connection", "Request"]
 
 Request = NopOut | TaskManagementRequest | LogoutRequest | TextRequest
-Event = Task | NopIn | TaskManagementResponse | LogoutResponse | TextResponse | AsyncMessage | Reject
-"""What `Connection.received` returns: a task that is done, or a PDU that someone has to act on."""
-
-MAX_TEXT_LENGTH = 1 << 20
-"""Longest data segment that isn't Data-In, in bytes: sense data, text, ping data, rejected headers are all small."""
 
 _COMMAND = struct.Struct(">BBHI8sIIII16s")
-_DATA_IN = struct.Struct(">BBBBI8sIIIIIIII")
-_RESPONSE = struct.Struct(">BBBBI8xIIIIIIII")
-_R2T = struct.Struct(">BBHI8sIIIIIIII")
-_SIMPLE = int(TaskAttribute.SIMPLE)
+_SIMPLE = FINAL | int(TaskAttribute.SIMPLE)
 _SCSI_COMMAND = int(Opcode.SCSI_COMMAND)
-_DATA_IN_OPCODE = int(Opcode.DATA_IN)
 _READ = 0x40
 _WRITE = 0x20
-_STATUS = 0x01
-_UNDERFLOW = 0x02
-_OVERFLOW = 0x04
-_GOOD = 0x00
-_CHECK_CONDITION = 0x02
 
 
 class Connection:
@@ -120,38 +80,33 @@ class Connection:
         self.output: list[Buffer] = []
         self.tasks: dict[int, Task] = {}
         self.queue: deque[Task] = deque()
-        self._exp_stat_sn = exp_stat_sn
         self._next_itt = first_itt
         self._requests: dict[int, Opcode] = {}
         self._held: deque[Request] = deque()  # non-immediate requests that wait for the window
-        self._events: list[Event] = []
         self._logged_out = False
+        self._unanswered: dict[int, int] = {}  # R2Ts by tag whose data is still in ``output``
+        self._last_answer: tuple[int, Buffer | None] = (0, None)  # where in it, and what, the last one's data begins
         p = parameters
         self._immediate_limit = (
             min(p.first_burst_length, p.target_max_recv_data_segment_length) if p.immediate_data else 0
         )
         self._header_digest = p.header_digest
-        self._receiver = FrameReceiver(
-            self,
-            header_digest=p.header_digest,
-            data_digest=p.data_digest,
-            max_data=max(p.max_recv_data_segment_length, 8192),
+        self._incoming = Incoming(
+            parameters,
+            window=self.window,
+            tasks=self.tasks,
+            requests=self._requests,
+            exp_stat_sn=exp_stat_sn,
+            answering=self,
         )
-        # The frame whose data segment is being received:
-        self._header = b""
-        self._segment: bytearray | None = None
-        self._data_in: Task | None = None
-        self._data_in_status: tuple[int, int, int] | None = None  # flags, status, residual count
-        self._response: Task | None = None
-        self._unanswered: dict[int, int] = {}  # R2Ts by tag whose data is still in ``output``
-        self._last_answer: tuple[int, Buffer | None] = (0, None)  # where in it, and what, the last one's data begins
+        self._receiver = self._incoming.receiver
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
     @property
     def exp_stat_sn(self) -> int:
         """StatSN that is expected next; everything before it is acknowledged by whatever we send."""
-        return self._exp_stat_sn
+        return self._incoming.exp_stat_sn
 
     @property
     def amid(self) -> bool:
@@ -213,9 +168,8 @@ class Connection:
         self._requests.clear()
         self._held.clear()
         self.output.clear()
-        self._logged_out = True
-        self._receiver.divert()
-        self._data_in = self._response = None
+        self._stop_sending()
+        self._incoming.forget_all()
         for task in ended:
             task.fail(error)
         return ended
@@ -229,11 +183,7 @@ class Connection:
             return
         if self.tasks.pop(task.itt, None) is None and task in self.queue:
             self.queue.remove(task)
-        if self._data_in is task:
-            self._receiver.divert()
-            self._data_in = None
-        if self._response is task:
-            self._response = None
+        self._incoming.forget(task)
         task.fail(error)
 
     def new_itt(self) -> int:
@@ -246,12 +196,16 @@ class Connection:
 
     def _send_request(self, pdu: Request) -> None:
         cmd_sn = self.window.cmd_sn if pdu.immediate else self.window.take()
-        full = replace(pdu, cmd_sn=cmd_sn, exp_stat_sn=self._exp_stat_sn)
+        full = replace(pdu, cmd_sn=cmd_sn, exp_stat_sn=self._incoming.exp_stat_sn)
         self.output.append(
             full.encode(header_digest=self.parameters.header_digest, data_digest=self.parameters.data_digest)
         )
         if isinstance(pdu, LogoutRequest):
-            self._logged_out = True
+            self._stop_sending()
+
+    def _stop_sending(self) -> None:
+        self._logged_out = True
+        self._incoming.stop_answering()
 
     def _send_command(self, task: Task) -> None:
         """Encode a command and the data that may go with it unasked (RFC 7143 §4.2.5.2, §13.10-13.14)."""
@@ -259,7 +213,7 @@ class Connection:
         self.tasks[itt] = task
         task.cmd_sn = cmd_sn = self.window.take()
         payload = task.buffer_out
-        flags = FINAL | _SIMPLE
+        flags = _SIMPLE
         immediate = 0
         unsolicited = 0
         if payload is not None:
@@ -273,8 +227,9 @@ class Connection:
             task.solicited = unsolicited
         elif task.buffer_in is not None:
             flags |= _READ
+        stat_sn = self._incoming.exp_stat_sn
         header = _COMMAND.pack(
-            _SCSI_COMMAND, flags, 0, immediate, task.lun, itt, task.expected, cmd_sn, self._exp_stat_sn, task.cdb
+            _SCSI_COMMAND, flags, 0, immediate, task.lun, itt, task.expected, cmd_sn, stat_sn, task.cdb
         )
         if self._header_digest:
             header += crc32c_bytes((header,))
@@ -293,13 +248,30 @@ class Connection:
         if unsolicited > immediate:
             self._send_data(task, payload[immediate:unsolicited], ttt=RESERVED_TAG, offset=immediate)
 
+    def answer_r2t(self, task: Task, piece: memoryview, *, ttt: int, offset: int) -> None:
+        """For `Incoming`: send what an R2T asks for, unless too many are unanswered. Source: RFC 7143 §13.17.
+
+        An R2T is surely unanswered while its data is still here; once that is handed over nobody can tell any more.
+        """
+        position, buffer = self._last_answer
+        if position >= len(self.output) or self.output[position] is not buffer:
+            self._unanswered.clear()
+        count = self._unanswered[task.itt] = self._unanswered.get(task.itt, 0) + 1
+        if count > self.parameters.max_outstanding_r2t:
+            raise ProtocolError(
+                f"{count} R2Ts at once for one command, where {self.parameters.max_outstanding_r2t} were agreed"
+            )
+        position = len(self.output)
+        self._send_data(task, piece, ttt=ttt, offset=offset)
+        self._last_answer = position, self.output[position]
+
     def _send_data(self, task: Task, piece: memoryview, *, ttt: int, offset: int) -> None:
         self.output += data_out_burst(
             piece,
             lun=task.lun,
             itt=task.itt,
             ttt=ttt,
-            exp_stat_sn=self._exp_stat_sn,
+            exp_stat_sn=self._incoming.exp_stat_sn,
             buffer_offset=offset,
             segment_length=self.parameters.target_max_recv_data_segment_length,
             header_digest=self.parameters.header_digest,
@@ -343,206 +315,9 @@ class Connection:
 
     def take_events(self) -> list[Event]:
         """The events since they were last taken."""
-        events, self._events = self._events, []
+        incoming = self._incoming
+        events = incoming.events
+        if not events:
+            return []
+        incoming.events = []
         return events
-
-    def on_header(self, header: memoryview, ahs_length: int, data_length: int) -> memoryview | None:
-        """For the `FrameReceiver`: begin a frame."""
-        opcode = header[0] & 0x3F
-        if ahs_length:
-            raise FormatError(f"additional headers in a PDU of opcode {opcode:#04x}")  # RFC 7143 §11.2.1.5
-        if opcode == _DATA_IN_OPCODE:
-            return self._on_data_in(header, data_length)
-        if opcode == Opcode.SCSI_RESPONSE:
-            return self._on_response(header, data_length)
-        if opcode == Opcode.R2T:
-            if data_length:
-                raise FormatError("an R2T with a data segment")
-            self._on_r2t(header)
-            return None
-        if data_length > MAX_TEXT_LENGTH:
-            raise FormatError(f"a data segment of {data_length} bytes in a PDU of opcode {opcode:#04x}")
-        self._header = bytes(header)
-        if not data_length:
-            self._on_other(b"")
-            return None
-        self._segment = bytearray(data_length)
-        return memoryview(self._segment)
-
-    def on_data(self, *, intact: bool) -> None:
-        """For the `FrameReceiver`: a data segment is complete."""
-        segment, self._segment = self._segment, None
-        if segment is None:
-            task, self._data_in = self._data_in, None
-            status, self._data_in_status = self._data_in_status, None
-            if task is None:
-                return
-            if not intact and task.error is None:
-                task.error = DigestError("the data digest of a Data-In doesn't match", header=False)
-            if status is not None:
-                self._finish(task, flags=status[0], status=status[1], residual=status[2])
-            return
-        if not intact:
-            raise DigestError("the data digest of a response doesn't match", header=False)
-        if self._header:
-            self._on_other(bytes(segment))
-            return
-        task, self._response = self._response, None
-        status, self._data_in_status = self._data_in_status, None
-        if task is not None and status is not None:
-            task.take_sense(bytes(segment))
-            self._finish(task, flags=status[0], status=status[1], residual=status[2])
-
-    def _take_stat_sn(self, stat_sn: int) -> None:
-        """A response that uses up a StatSN. At level 0 a gap can only be repaired by a new session (§7.9)."""
-        if stat_sn != self._exp_stat_sn:
-            raise ProtocolError(f"StatSN {stat_sn} came where {self._exp_stat_sn} was due")
-        self._exp_stat_sn = (stat_sn + 1) & MASK
-
-    def _finish(self, task: Task, *, flags: int, status: int, residual: int) -> None:
-        del self.tasks[task.itt]
-        task.finish(
-            status=status,
-            residual=residual,
-            underflow=bool(flags & _UNDERFLOW),
-            overflow=bool(flags & _OVERFLOW),
-        )
-        self._events.append(task)
-
-    def _on_data_in(self, header: memoryview, data_length: int) -> memoryview | None:
-        (_, flags, _, status, _, _, itt, _, stat_sn, exp_cmd_sn, max_cmd_sn, data_sn, offset,
-         residual) = _DATA_IN.unpack_from(header)  # fmt: skip
-        self.window.update(exp_cmd_sn=exp_cmd_sn, max_cmd_sn=max_cmd_sn)
-        has_status = flags & _STATUS
-        if has_status:
-            if not flags & FINAL:
-                raise ProtocolError("a Data-In that carries status but isn't the final one")
-            if status == _CHECK_CONDITION:
-                raise ProtocolError("a Data-In that carries CHECK CONDITION, which needs a response with sense data")
-            self._take_stat_sn(stat_sn)
-        task = self.tasks.get(itt)
-        memory: memoryview | None = None
-        if task is not None:
-            memory = task.place(data_sn=data_sn, offset=offset, length=data_length)
-        if not data_length:
-            if task is not None and has_status:
-                self._finish(task, flags=flags, status=status, residual=residual)
-            return None
-        self._data_in = task
-        self._data_in_status = (flags, status, residual) if task is not None and has_status else None
-        return memoryview(bytearray(data_length)) if memory is None else memory
-
-    def _on_response(self, header: memoryview, data_length: int) -> memoryview | None:
-        (_, flags, response, status, _, itt, _, stat_sn, exp_cmd_sn, max_cmd_sn, exp_data_sn, _,
-         residual) = _RESPONSE.unpack_from(header)  # fmt: skip
-        if data_length > MAX_TEXT_LENGTH:
-            raise FormatError(f"a SCSI Response with a data segment of {data_length} bytes")
-        self.window.update(exp_cmd_sn=exp_cmd_sn, max_cmd_sn=max_cmd_sn)
-        self._take_stat_sn(stat_sn)
-        task = self.tasks.get(itt)
-        if task is not None:
-            if response != 0:
-                task.error = TransferError(f"the target gave up the command (iSCSI response code {response:#04x})")
-            elif status == _CHECK_CONDITION and not data_length:
-                raise FormatError("CHECK CONDITION without sense data")
-            elif status == _GOOD and task.buffer_in is not None and exp_data_sn != task.next_data_sn:
-                raise ProtocolError(f"{task.next_data_sn} Data-In PDUs came, but the target sent {exp_data_sn}")
-            if not data_length:
-                self._finish(task, flags=flags, status=status, residual=residual)
-                return None
-        elif not data_length:
-            return None
-        self._header = b""
-        self._response = task
-        self._data_in_status = (flags, status, residual)
-        self._segment = bytearray(data_length)
-        return memoryview(self._segment)
-
-    def _on_r2t(self, header: memoryview) -> None:
-        _, _, _, _, lun, itt, ttt, _, exp_cmd_sn, max_cmd_sn, r2t_sn, offset, length = _R2T.unpack_from(header)
-        self.window.update(exp_cmd_sn=exp_cmd_sn, max_cmd_sn=max_cmd_sn)
-        task = self.tasks.get(itt)
-        if task is None or self._logged_out:
-            return
-        if ttt == RESERVED_TAG or lun != task.lun:
-            raise ProtocolError("an R2T with a reserved tag or another LUN than its command")
-        piece = task.take_r2t(
-            r2t_sn=r2t_sn, offset=offset, length=length, max_burst_length=self.parameters.max_burst_length
-        )
-        self._count_r2t(itt)
-        position = len(self.output)
-        self._send_data(task, piece, ttt=ttt, offset=offset)
-        self._last_answer = position, self.output[position]
-
-    def _count_r2t(self, itt: int) -> None:
-        """Refuse more R2Ts for a command than may be unanswered at once. Source: RFC 7143 §13.17.
-
-        An R2T is surely unanswered while its data is still here; once that is handed over nobody can tell any more.
-        """
-        position, buffer = self._last_answer
-        if position >= len(self.output) or self.output[position] is not buffer:
-            self._unanswered.clear()
-        count = self._unanswered[itt] = self._unanswered.get(itt, 0) + 1
-        if count > self.parameters.max_outstanding_r2t:
-            raise ProtocolError(
-                f"{count} R2Ts at once for one command, where {self.parameters.max_outstanding_r2t} were agreed"
-            )
-
-    def _on_other(self, segment: bytes) -> None:
-        """Everything that isn't the daily traffic of reads and writes."""
-        header = self._header
-        pdu: Pdu = decode(header, data=segment)
-        self._header = b""
-        match pdu:
-            case NopIn():
-                self.window.update(exp_cmd_sn=pdu.exp_cmd_sn, max_cmd_sn=pdu.max_cmd_sn)
-                self._on_nop_in(pdu)
-            case AsyncMessage() | Reject():
-                self.window.update(exp_cmd_sn=pdu.exp_cmd_sn, max_cmd_sn=pdu.max_cmd_sn)
-                self._take_stat_sn(pdu.stat_sn)
-                if isinstance(pdu, AsyncMessage) or self._is_news(pdu):
-                    self._events.append(pdu)
-            case TaskManagementResponse() | LogoutResponse() | TextResponse():
-                self.window.update(exp_cmd_sn=pdu.exp_cmd_sn, max_cmd_sn=pdu.max_cmd_sn)
-                self._take_stat_sn(pdu.stat_sn)
-                if self._answers(pdu):
-                    self._events.append(pdu)
-            case _:
-                raise ProtocolError(f"a PDU of opcode {pdu.OPCODE:#04x} has no place in the full feature phase")
-
-    def _is_news(self, pdu: Reject) -> bool:
-        """Whether somebody has to hear of a Reject. Source: RFC 7143 §7.3.
-
-        Of a data PDU only what makes a difference: its command is ended by a response in any case, and a success has
-        to account for the data that was thrown away. A request that was rejected gets no answer.
-        """
-        rejected = pdu.rejected
-        if isinstance(rejected, DataOut):
-            task = self.tasks.get(rejected.itt)
-            counted = task is not None and task.take_back(offset=rejected.buffer_offset, length=pdu.rejected_length)
-            return counted or pdu.reason == RejectReason.WAITING_FOR_LOGOUT
-        if rejected is not None and self._requests.get(rejected.itt) == rejected.OPCODE:
-            del self._requests[rejected.itt]
-        return True
-
-    def _answers(self, pdu: Pdu) -> bool:
-        """Whether a PDU answers a request of ours; the request is then over."""
-        asked = self._requests.pop(pdu.itt, None)
-        if asked is None:
-            return False
-        if asked | 0x20 != pdu.OPCODE:
-            raise ProtocolError(f"a PDU of opcode {pdu.OPCODE:#04x} answers a request of opcode {asked:#04x}")
-        return True
-
-    def _on_nop_in(self, pdu: NopIn) -> None:
-        """Source: RFC 7143 §11.19. Only an answer (valid tag) uses up a StatSN."""
-        if pdu.itt == RESERVED_TAG:
-            if pdu.ttt != RESERVED_TAG:
-                limit = self.parameters.target_max_recv_data_segment_length
-                self.request(NopOut(immediate=True, lun=pdu.lun, ttt=pdu.ttt, data=pdu.data[:limit]))
-            return
-        if pdu.ttt != RESERVED_TAG:
-            raise FormatError("a NOP-In with both tags valid")
-        self._take_stat_sn(pdu.stat_sn)
-        if self._answers(pdu):
-            self._events.append(pdu)

@@ -5,8 +5,9 @@ import struct
 
 from fuzz.pdu import decoded
 from iscsifuse.errors import IscsifuseError, SessionLostError
-from iscsifuse.iscsi.connection import Connection, Event
+from iscsifuse.iscsi.connection import Connection
 from iscsifuse.iscsi.digest import crc32c_bytes
+from iscsifuse.iscsi.incoming import Event
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import BHS_LENGTH, RESERVED_TAG, Opcode, padding, split_lengths
 from iscsifuse.iscsi.request import NopOut, TaskManagementRequest, TextRequest

@@ -12,7 +12,7 @@ from fuzz.sessions import BrokenPromiseError, Outcome, run_session
 from iscsifuse.errors import ProtocolError
 from iscsifuse.initiator.logical_unit import LogicalUnit
 from iscsifuse.initiator.transport import Transport
-from iscsifuse.iscsi.connection import Connection
+from iscsifuse.iscsi.incoming import Incoming
 from iscsifuse.iscsi.pdu import Pdu, decode_stream
 from iscsifuse.iscsi.response import R2T, DataIn, LoginResponse, ScsiResponse, TextResponse
 from iscsifuse.testing.actions import Change, Pass
@@ -59,8 +59,8 @@ def caught(seeds: range = range(QUICK)) -> str:
 
 
 def test_damaged_data_that_is_believed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Connection.on_data
-    monkeypatch.setattr(Connection, "on_data", lambda self, intact: real(self, intact=intact or True))
+    real = Incoming.on_data
+    monkeypatch.setattr(Incoming, "on_data", lambda self, intact: real(self, intact=intact or True))
     assert "read: block" in caught()
 
 
@@ -76,7 +76,7 @@ def test_an_error_of_another_kind_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: Any, **__: Any) -> None:
         raise LookupError("of no task")
 
-    monkeypatch.setattr(Connection, "_on_r2t", broken)
+    monkeypatch.setattr(Incoming, "_on_r2t", broken)
     assert "another kind" in caught()
 
 

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from iscsifuse.iscsi.connection import Connection, Event
+from iscsifuse.iscsi.connection import Connection
+from iscsifuse.iscsi.incoming import Event
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import RESERVED_TAG, Pdu, decode_stream
 from iscsifuse.iscsi.response import R2T, DataIn, NopIn, ScsiResponse, TargetPdu

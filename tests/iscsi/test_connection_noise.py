@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iscsifuse.errors import IscsifuseError, SessionLostError
-from iscsifuse.iscsi.connection import Event
+from iscsifuse.iscsi.incoming import Event
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import RESERVED_TAG, Opcode
 from iscsifuse.iscsi.request import NopOut, TaskManagementRequest, TextRequest

@@ -7,7 +7,8 @@ from iscsifuse.errors import (
     SessionLostError,
     TransferError,
 )
-from iscsifuse.iscsi.connection import MAX_TEXT_LENGTH, Request
+from iscsifuse.iscsi.connection import Request
+from iscsifuse.iscsi.incoming import MAX_TEXT_LENGTH
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import RESERVED_TAG, Opcode, Pdu
 from iscsifuse.iscsi.request import (

@@ -66,6 +66,19 @@ def test_status_in_the_last_data_in_or_of_its_own(collapsed: bool) -> None:
     assert d.connection.idle
 
 
+@pytest.mark.parametrize("cut", [1, 47, 48, 500, 1047])
+def test_a_part_of_a_pdu_is_known_to_be_one(cut: int) -> None:
+    d = Driver()
+    task, _ = read(1000)
+    d.submit(task)
+    stream = d.encoded(DataIn(itt=task.itt, data=pattern(1000), has_status=True))
+    amid = [d.connection.amid]
+    for piece in (stream[:cut], stream[cut:]):
+        d.receive(piece)
+        amid.append(d.connection.amid)
+    assert amid == [False, True, False]
+
+
 def test_payload_is_received_where_the_caller_wants_it() -> None:
     d = Driver(NegotiatedParameters(max_recv_data_segment_length=262144))
     task, memory = read(200_000)
