@@ -507,7 +507,7 @@ class Nexus:
         """The second barrier; see the head of this file. A target that can't do it has had the first one."""
 
         async def end(lun: bytes) -> None:
-            if await session.abort_task_set(lun) is None:
+            if await session.clearing.abort_task_set(lun) is None:
                 log.info("%s: no answer to ABORT TASK SET", self.target_name)
                 self._answers_task_management = False
             self._unfinished.discard(lun)

@@ -4,21 +4,19 @@
 the session is kept in ``error``, every waiter gets a SessionLostError of its own, and `run` returns.
 
 **A command** is submitted by whoever wants it, in a plain call that puts it on the wire if window and socket allow
-it; then its task sleeps until the reader wakes it. There is no hop through a queue. A caller that is cancelled sleeps
-on: the target may still read from or write into the command's memory, so `execute` ends only with the status, the
-deadline, or the session (each of which is sure to come).
+it; then its task sleeps until the reader wakes it. A caller that is cancelled sleeps on: the target may still read
+from or write into the command's memory, so `execute` ends only with the status, the deadline (see `deadlines`), or
+the session (each of which is sure to come).
 
-**Time.** A command past its deadline is aborted (ABORT TASK), one after the other; an abort that is refused, or not
-answered, ends the session. A connection on which nothing came for a while is pinged; a ping that isn't answered, by
-whatever bytes, ends it too.
+**Everything else** has a module of its own: whether the target is there (`liveness`), what it says besides how
+commands end (`notices`), the logout (`farewell`), ABORT TASK SET (`clearing`), what waits to be sent (`backlog`).
 
-**Room.** What a target asks for (data, answers to pings) waits here while it doesn't read; there is a bound to that.
-
-Source: RFC 7143 §4.2, §7, §11.5, §11.9, §11.17-11.18.
+Source: RFC 7143 §4.2, §7.
 """
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,29 +24,19 @@ from typing import cast
 
 import trio
 
-from iscsifuse.errors import (
-    IscsifuseError,
-    ProtocolError,
-    ReadOnlyError,
-    SessionLostError,
-)
+from iscsifuse.errors import IscsifuseError, ReadOnlyError, SessionLostError
+from iscsifuse.initiator.backlog import check_backlog
+from iscsifuse.initiator.clearing import ABORT_LIMIT, Clearing
 from iscsifuse.initiator.deadlines import Deadlines
+from iscsifuse.initiator.farewell import Farewell
+from iscsifuse.initiator.liveness import Liveness
 from iscsifuse.initiator.login import LoggedIn
 from iscsifuse.initiator.loop import Glance, Loop
+from iscsifuse.initiator.notices import Notices
 from iscsifuse.initiator.settings import SessionSettings
-from iscsifuse.initiator.statistics import CommandRow, CommandStatistics
+from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.iscsi.connection import Connection
 from iscsifuse.iscsi.incoming import Event
-from iscsifuse.iscsi.request import DataOut, LogoutRequest, NopOut, TaskFunction, TaskManagementRequest
-from iscsifuse.iscsi.response import (
-    AsyncEvent,
-    AsyncMessage,
-    LogoutResponse,
-    NopIn,
-    Reject,
-    RejectReason,
-    TaskManagementResponse,
-)
 from iscsifuse.iscsi.tasks import Task
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi.allow import is_harmless
@@ -57,26 +45,12 @@ __all__ = ["Session"]
 
 log = logging.getLogger(__name__)
 
-PING_AFTER = 5.0
-"""Seconds without a received byte after which the target is pinged."""
-PING_LIMIT = 5.0
-"""Seconds that it has to answer."""
-ABORT_LIMIT = 10.0
-"""Seconds that a target has to answer a task management function."""
-LOGOUT_LIMIT = 5.0
-"""Seconds that it has to answer a logout."""
-BACKLOG_LIMIT = 16 << 20
-"""Bytes that may wait for a target that doesn't read, besides the data of the writes that are under way."""
 _TICK = 1.0
 _RECEIVES_PER_TURN = 16
-_QUICK = 64 * 1024
-"""Bytes of a command whose answer may be there before we could fall asleep."""
-_LONGEST_GLANCE = 250_000
-"""Nanoseconds to look for it."""
+_QUICK = 64 * 1024  # bytes of a command whose answer may be there before we could fall asleep
+_LONGEST_GLANCE = 250_000  # nanoseconds to look for it
 _GLANCES_IN_A_ROW = 32
-
 _GOOD = 0
-_SERVICE_ACTIONS = frozenset({0x9E, 0x9F, 0xA3, 0xA4, 0x7F})
 
 
 class Session:
@@ -90,8 +64,9 @@ class Session:
     Attributes:
         connection: the protocol object.
         transport: the bytes.
+        clearing: for barriers.
         error: why it ended; None while it lives.
-        time2wait: seconds to wait before the next login, as the target asked.
+        takes_commands: whether it lives, and isn't logging out.
         on_trouble: called for each command that ends with a status that isn't GOOD, in the order in which these
             arrive, before anybody who waits for one of them goes on. A plain call.
         unfinished: LUNs with writes that ended without a status: nobody knows whether the target is done with them.
@@ -109,12 +84,11 @@ class Session:
         )
         self.tsih = result.tsih
         self.error: IscsifuseError | None = None
-        self.time2wait: float = result.parameters.default_time2wait
+        self.takes_commands = True
         self.on_trouble: Callable[[Task], None] | None = None
         self.unfinished: set[bytes] = set()
         self._read_only = settings.read_only
         self._statistics = statistics
-        self._rows: dict[int, CommandRow] = {}
         self._loop = Loop.current()
         self._glance = Glance(_LONGEST_GLANCE)
         self._now = trio.lowlevel.current_clock().current_time  # trio.current_time() in one step
@@ -123,21 +97,21 @@ class Session:
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
-        self._logging_out = False
-        self._idle = trio.Event()  # set once nothing is under way any more after the logout began
-        self._logged_out = trio.Event()
         self._deadlines = Deadlines(self.connection, limit=settings.timeout, end=self._end)
-        self._clearing: dict[int, _Answer] = {}
-        self._ping: float | None = None
+        self.clearing = Clearing(self.connection, send=self._send)
+        self._farewell = Farewell(self.connection, send=self._send, time2wait=result.parameters.default_time2wait)
+        self._notices = Notices(
+            deadlines=self._deadlines, clearing=self.clearing, farewell=self._farewell, leave=self._leave
+        )
         self.transport.on_broken = self.fail
         self.transport.reset_on_close()
 
     # -- for callers -----------------------------------------------------------------------------------------------
 
     @property
-    def takes_commands(self) -> bool:
-        """Whether it lives, and isn't logging out."""
-        return self.error is None and not self._logging_out
+    def time2wait(self) -> float:
+        """Seconds to wait before the next login, as the target asked."""
+        return self._farewell.time2wait
 
     async def execute(
         self,
@@ -192,7 +166,7 @@ class Session:
         if self._read_only and not is_harmless(cdb):
             raise ReadOnlyError(f"{cdbs.name(cdb)} was held back: the disk is attached read-only")
         if not self.takes_commands:
-            raise SessionLostError(self._why())
+            raise SessionLostError(str(self.error or "the session is being logged out"))
         task = Task(cdb, lun=lun, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact)
         task.started = self._now()
         self._loop.under_way += 1
@@ -257,51 +231,23 @@ class Session:
 
         Cancellation: ends the session without ceremony.
         """
-        if self.error is None and not self._logging_out:
-            self._logging_out = True
-            await self._log_out(SessionLostError("the session was logged out"), patience=LOGOUT_LIMIT)
+        if self.takes_commands:
+            self.takes_commands = False
+            await self._log_out(SessionLostError("the session was logged out"), patience=math.inf)
         await self._ended.wait()
 
     async def _log_out(self, reason: SessionLostError, *, patience: float) -> None:
-        """Say good-bye once nothing is under way any more, or in the end anyway; the session has failed then."""
         try:
-            with trio.move_on_after(LOGOUT_LIMIT):
-                with trio.move_on_after(min(patience, 0.8 * LOGOUT_LIMIT)):  # the rest is for the logout
-                    if not self.connection.idle:
-                        await self._idle.wait()
-                if self.error is None:
-                    idle = self.connection.idle
-                    self.connection.request(LogoutRequest())
-                    self._send()
-                    if idle:  # else the answers of commands would have to be answered, and nothing may follow
-                        await self._logged_out.wait()
+            await self._farewell.say(patience=patience)
         finally:
             self.fail(reason)
 
-    async def abort_task_set(self, lun: bytes) -> int | None:
-        """Have the target end all tasks of this nexus on a logical unit: those that an old session left, too.
-
-        Args:
-            lun: 8 bytes.
-
-        Returns:
-            Its answer (see `TaskResponse`; it needn't support it), or None: it did not answer within ABORT_LIMIT.
-
-        Raises:
-            SessionLostError: the session ended first.
-
-        Source: RFC 7143 §11.5.1, SAM-5 §7.3.
-        """
-        answer = _Answer()
-        itt = self.connection.request(TaskManagementRequest(function=TaskFunction.ABORT_TASK_SET, lun=lun))
-        self._clearing[itt] = answer
-        self._send()
-        with trio.move_on_after(ABORT_LIMIT):
-            await answer.came.wait()
-        del self._clearing[itt]
-        if self.error is not None:
-            raise SessionLostError(self._why())
-        return answer.response
+    def _leave(self, why: str, *, within: float) -> None:
+        """Log out within so many seconds. What isn't done by half of them is replayed on the next session."""
+        if self.takes_commands and self._nursery is not None:
+            self.takes_commands = False
+            log.info("%s: %s", self.transport.portal, why)
+            self._nursery.start_soon(partial(self._log_out, SessionLostError(why), patience=within / 2))
 
     async def wait_ended(self) -> None:
         """Wait until `run` has returned."""
@@ -312,7 +258,8 @@ class Session:
         if self.error is not None:
             return
         self.error = error
-        self.transport.close(in_order=self._logged_out.is_set())
+        self.takes_commands = False
+        self.transport.close(in_order=self._farewell.answered)
         lost = error if isinstance(error, SessionLostError) else SessionLostError(str(error))
         now = trio.current_time()
         for task in self.connection.take_events():
@@ -320,10 +267,8 @@ class Session:
                 self._end(task, now)
         for task in self.connection.fail_all(lost):
             self._end(task, now)
-        for answer in self._clearing.values():
-            answer.came.set()
-        self._idle.set()
-        self._logged_out.set()
+        self.clearing.end(lost)
+        self._farewell.end()
         self._scope.cancel()
 
     # -- the tasks of the session ----------------------------------------------------------------------------------
@@ -390,39 +335,20 @@ class Session:
 
     async def _watch(self) -> None:
         """Deadlines and pings, looked at once a tick: cheaper than a timer for each command."""
-        heard = self.transport.bytes_received
-        heard_at = trio.current_time()
+        liveness = Liveness(self.transport, self.connection, now=self._now())
         while True:
             await trio.sleep(_TICK)
-            now = trio.current_time()
-            if self.transport.bytes_received != heard:
-                heard = self.transport.bytes_received
-                heard_at = now
-                self._ping = None
-            elif self._ping is not None:
-                if now - self._ping >= PING_LIMIT:
-                    silence = f"{self.transport.portal} has been silent for {now - heard_at:.0f} seconds"
-                    self.fail(SessionLostError(silence))
-                    return
-            elif now - heard_at >= PING_AFTER and not self._logging_out:  # nothing may follow a logout
-                self._ping = now
-                self.connection.request(NopOut(immediate=True))
-                self._send()
-            self._expire(now)
-
-    def _expire(self, now: float) -> None:
-        """See `Deadlines`; a late command may have had to wait for this look."""
-        if not self._deadlines.expire(now, patience=ABORT_LIMIT + _TICK):
-            self.fail(SessionLostError(f"{self.transport.portal} did not answer the abortion of a command"))
-            return
-        self._send()
-        self._note_idle()
-
-    def _note_idle(self) -> None:
-        if self._logging_out and self.connection.idle:
-            self._idle.set()
-
-    # -- what the target says --------------------------------------------------------------------------------------
+            now = self._now()
+            try:
+                liveness.look(now, may_ping=self.takes_commands)
+                if not self._deadlines.expire(now, patience=ABORT_LIMIT + _TICK):  # it waits for this look
+                    raise SessionLostError(f"{self.transport.portal} did not answer the abortion of a command")
+            except SessionLostError as error:
+                self.fail(error)
+                return
+            self._send()
+            if not self.takes_commands:
+                self._farewell.look()
 
     def _handle(self, events: list[Event]) -> None:
         """Act on events. Tasks come first: no exception of the others may leave one of them asleep."""
@@ -434,66 +360,9 @@ class Session:
             else:
                 others.append(event)
         for event in others:
-            if isinstance(event, NopIn):
-                self._ping = None
-            elif isinstance(event, TaskManagementResponse):
-                waiting = self._clearing.get(event.itt)
-                if waiting is not None:
-                    waiting.response = event.response
-                    waiting.came.set()
-                else:
-                    self._deadlines.answered(event, now)
-            elif isinstance(event, LogoutResponse):
-                self._on_logout(event)
-            elif isinstance(event, AsyncMessage):
-                self._on_async(event)
-            elif isinstance(event, Reject):
-                self._on_reject(event)
-        self._note_idle()
-
-    def _on_reject(self, reject: Reject) -> None:
-        """Source: RFC 7143 §7.3, §11.17."""
-        if reject.reason == RejectReason.WAITING_FOR_LOGOUT:
-            self._leave("the target waits for a logout", within=1.0)
-            return
-        match reject.rejected:
-            case DataOut():  # the command ends with a response of its own
-                log.warning("the target rejected data of a write (reason %#04x)", reject.reason)
-            case NopOut():  # also a sign of life
-                log.info("the target rejected a ping (reason %#04x)", reject.reason)
-            case LogoutRequest():
-                self._logged_out.set()
-            case rejected:
-                if isinstance(rejected, TaskManagementRequest):
-                    self._deadlines.give_up(self._now())
-                # A command's number would stay missing for ever: only a new session gets on.
-                raise ProtocolError(f"the target rejected a PDU (reason {reject.reason:#04x})")
-
-    def _on_logout(self, answer: LogoutResponse) -> None:
-        self.time2wait = answer.time2wait
-        self._logged_out.set()
-
-    def _on_async(self, message: AsyncMessage) -> None:
-        """Source: RFC 7143 §11.9.1."""
-        match message.event:
-            case AsyncEvent.LOGOUT_REQUESTED:
-                self._leave("the target asked for a logout", within=message.parameter3)
-            case AsyncEvent.CONNECTION_DROPPED | AsyncEvent.SESSION_DROPPED:
-                self.time2wait = message.parameter2
-                raise SessionLostError("the target announced that it drops the session")
-            case AsyncEvent.NEGOTIATION_REQUESTED:
-                self._leave("the target asked for a new negotiation", within=message.parameter3)
-            case _:
-                log.info("asynchronous message, event %d", message.event)
-
-    def _leave(self, why: str, *, within: float) -> None:
-        """Log out within so many seconds. What isn't done by half of them is replayed on the next session."""
-        if not self._logging_out and self._nursery is not None:
-            self._logging_out = True
-            log.info("%s: %s", self.transport.portal, why)
-            self._nursery.start_soon(partial(self._log_out, SessionLostError(why), patience=within / 2))
-
-    # -- small things ----------------------------------------------------------------------------------------------
+            self._notices.take(event, now)
+        if not self.takes_commands:
+            self._farewell.look()
 
     def _send(self) -> None:
         """Give the transport what the connection has put out."""
@@ -501,60 +370,29 @@ class Session:
         if output:
             self.connection.output = []
             self.transport.send(output)
-            if self.transport.backlog > BACKLOG_LIMIT:
+            if self.transport.backlog:
                 self._check_backlog()
 
     def _check_backlog(self) -> None:
-        """End the session if more waits to be sent than the writes that are under way can account for.
-
-        They ask for each byte once; what is asked for again was received before, if the target can be believed.
-        """
-        waiting = self.transport.backlog
-        if waiting > BACKLOG_LIMIT + sum(len(task.buffer_out or b"") for task in self.connection.tasks.values()):
-            self.fail(
-                SessionLostError(
-                    f"{self.transport.portal} asks and asks, but doesn't read the answers "
-                    f"({waiting >> 20} MiB of them wait)"
-                )
-            )
-
-    def _why(self) -> str:
-        return str(self.error) if self.error is not None else "the session is being logged out"
+        try:
+            check_backlog(self.transport, self.connection)
+        except SessionLostError as error:
+            self.fail(error)
 
     def _end(self, task: Task, now: float) -> None:
         """A task is done: count it, and let its submitter go on."""
-        cdb = task.cdb
-        opcode = cdb[0]
-        key = opcode | (cdb[1] & 0x1F) << 8 if opcode in _SERVICE_ACTIONS else opcode
-        row = self._rows.get(key)
-        if row is None:
-            row = self._rows[key] = self._statistics.row(cdbs.name(cdb), opcode=opcode)
-        if task.status < 0:
-            row.lost += 1
-            if task.buffer_out is not None:
-                self.unfinished.add(task.lun)
-        else:
-            row.add(
-                now - task.started,
-                task.received or task.solicited,
-                error=task.status != _GOOD or task.error is not None,
-            )
-            if task.status and self.on_trouble is not None:
+        self._statistics.count(task, now)
+        status = task.status
+        if status:
+            if status < 0:
+                if task.buffer_out is not None:
+                    self.unfinished.add(task.lun)
+            elif self.on_trouble is not None:
                 self.on_trouble(task)
         self._loop.under_way -= 1
         waiter, task.waiter = task.waiter, None
         if waiter is not None:
             trio.lowlevel.reschedule(cast("trio.lowlevel.Task", waiter))
-
-
-class _Answer:
-    """Of a target to a task management function, once it has come."""
-
-    __slots__ = ("came", "response")
-
-    def __init__(self) -> None:
-        self.came = trio.Event()
-        self.response: int | None = None
 
 
 def _not_now(_: object) -> trio.lowlevel.Abort:

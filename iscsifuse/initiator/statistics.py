@@ -6,7 +6,13 @@ were lost with their session are not calls; they are counted apart.
 
 from dataclasses import dataclass, field
 
+from iscsifuse.iscsi.tasks import Task
+from iscsifuse.scsi import cdb as cdbs
+
 __all__ = ["CommandRow", "CommandStatistics"]
+
+_SERVICE_ACTIONS = frozenset({0x9E, 0x9F, 0xA3, 0xA4, 0x7F})
+"""Opcodes whose second byte says which command it is."""
 
 
 @dataclass(slots=True)
@@ -40,24 +46,13 @@ class CommandRow:
         """Mean seconds of a call; 0 where there was none."""
         return self.total / self.calls if self.calls else 0.0
 
-    def add(self, seconds: float, transferred: int, *, error: bool) -> None:
-        """Count one call whose status came."""
-        self.calls += 1
-        self.total += seconds
-        self.bytes += transferred
-        if error:
-            self.errors += 1
-        if seconds < self.minimum:
-            self.minimum = seconds
-        if seconds > self.maximum:
-            self.maximum = seconds
-
 
 class CommandStatistics:
     """The table of a daemon: one row for each kind of command, kept across sessions."""
 
     def __init__(self) -> None:
         self._rows: dict[str, CommandRow] = {}
+        self._by_kind: dict[int, CommandRow] = {}
 
     def row(self, name: str, *, opcode: int) -> CommandRow:
         """The row of a kind of command, made on first use."""
@@ -65,6 +60,33 @@ class CommandStatistics:
         if found is None:
             found = self._rows[name] = CommandRow(name, opcode)
         return found
+
+    def count(self, task: Task, now: float) -> None:
+        """Count a command that is done.
+
+        Args:
+            task: ``started`` when it was submitted.
+            now: of the same clock.
+        """
+        cdb = task.cdb
+        opcode = cdb[0]
+        kind = opcode | (cdb[1] & 0x1F) << 8 if opcode in _SERVICE_ACTIONS else opcode
+        row = self._by_kind.get(kind)
+        if row is None:
+            row = self._by_kind[kind] = self.row(cdbs.name(cdb), opcode=opcode)
+        if task.status < 0:
+            row.lost += 1
+            return
+        seconds = now - task.started
+        row.calls += 1
+        row.total += seconds
+        row.bytes += task.received or task.solicited
+        if task.status or task.error is not None:
+            row.errors += 1
+        if seconds < row.minimum:
+            row.minimum = seconds
+        if seconds > row.maximum:
+            row.maximum = seconds
 
     def rows(self) -> list[CommandRow]:
         """All rows, ordered by opcode and name."""

@@ -32,7 +32,7 @@ from initiator_fakes import sense
 from initiator_kit import LUN_0, at_once, conversation
 
 from iscsifuse.errors import CommandError, CommandTimeoutError, SessionLostError
-from iscsifuse.initiator import session as session_module
+from iscsifuse.initiator import backlog, farewell
 from iscsifuse.iscsi.pdu import NO_LUN, Opcode, Pdu
 from iscsifuse.iscsi.request import DataOut
 from iscsifuse.iscsi.response import R2T, NopIn, ScsiResponse
@@ -104,7 +104,7 @@ async def test_b2_lengths_that_nobody_agreed_to(match: Match, words: int, length
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that is reached sooner; see `_narrowed`."""
-    monkeypatch.setattr(session_module, "BACKLOG_LIMIT", 1 << 20)
+    monkeypatch.setattr(backlog, "BACKLOG_LIMIT", 1 << 20)
 
 
 def _narrowed(b: Bench) -> trio.SocketStream:
@@ -268,7 +268,7 @@ async def test_b10_a_flood_of_nop_in_leaves_room_for_work(kind: str) -> None:
             assert b.session.error is None
             began = time.monotonic()
         over = True
-        assert time.monotonic() - began < session_module.LOGOUT_LIMIT + 1
+        assert time.monotonic() - began < farewell.LOGOUT_LIMIT + 1
     assert b.disk.contents(lba=300, blocks=16) == DATA
 
 
@@ -355,7 +355,7 @@ async def test_b10_a_trickle_does_not_keep_anything_up() -> None:
             assert isinstance(results[0], CommandTimeoutError)
             assert trio.current_time() - began <= 45
             began = trio.current_time()
-        assert trio.current_time() - began <= session_module.LOGOUT_LIMIT + 1
+        assert trio.current_time() - began <= farewell.LOGOUT_LIMIT + 1
 
 
 class _Trickle:

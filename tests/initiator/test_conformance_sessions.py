@@ -28,7 +28,7 @@ from initiator_fakes import sense
 from initiator_kit import at_once, conversation
 
 from iscsifuse.errors import CommandTimeoutError, SessionLostError
-from iscsifuse.initiator import session as session_module
+from iscsifuse.initiator import farewell
 from iscsifuse.iscsi.pdu import RESERVED_TAG, Opcode
 from iscsifuse.iscsi.request import (
     DataOut,
@@ -458,7 +458,7 @@ async def test_91_nothing_follows_a_logout(rule: Rule | None) -> None:
         with pytest.raises(SessionLostError):
             await b.read(3)
         await b.session.wait_ended()
-        assert trio.current_time() - began <= session_module.LOGOUT_LIMIT
+        assert trio.current_time() - began <= farewell.LOGOUT_LIMIT
         assert b.session.transport._sock.fileno() == -1
     kinds = [type(pdu) for way, pdu in b.tape.log if way is IN]
     assert kinds[-1] is LogoutRequest

@@ -31,6 +31,7 @@ from iscsifuse.errors import (
     NothingFoundError,
     SessionLostError,
 )
+from iscsifuse.initiator import farewell
 from iscsifuse.initiator import nexus as nexus_module
 from iscsifuse.initiator import session as session_module
 from iscsifuse.initiator.nexus import Nexus, NexusState, open_nexus
@@ -406,7 +407,7 @@ async def _fine(_: LoopbackTarget, nexus: Nexus) -> None:
 async def test_nexus_close_ends_promptly_in_the_midst_of(
     situation: Callable[[LoopbackTarget, Nexus], Any], waiters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "LOGOUT_LIMIT", 0.4)
+    monkeypatch.setattr(farewell, "LOGOUT_LIMIT", 0.4)
     async with serving(config_of(_disk())) as target, conversation(5) as nursery:
         results: list[object] = []
         async with _open(target, reconnect_timeout=-1) as nexus:

@@ -30,6 +30,7 @@ from iscsifuse.errors import (
     SessionLostError,
     TransferError,
 )
+from iscsifuse.initiator import clearing, farewell, liveness
 from iscsifuse.initiator import session as session_module
 from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.statistics import CommandStatistics
@@ -75,7 +76,7 @@ BLOCKS = 4096
 @pytest.fixture(autouse=True)
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "ABORT_LIMIT", 0.3)
-    monkeypatch.setattr(session_module, "LOGOUT_LIMIT", 0.5)
+    monkeypatch.setattr(farewell, "LOGOUT_LIMIT", 0.5)
 
 
 def _disk(**changes: Any) -> Disk:
@@ -380,13 +381,13 @@ async def test_session_a_command_that_ends_before_its_abortion_is_a_success() ->
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "PING_AFTER", 0.15)
-    monkeypatch.setattr(session_module, "PING_LIMIT", 0.15)
+    monkeypatch.setattr(liveness, "PING_AFTER", 0.15)
+    monkeypatch.setattr(liveness, "PING_LIMIT", 0.15)
 
 
 def test_session_a_silent_target_is_found_out_in_about_ten_seconds() -> None:
-    assert session_module.PING_AFTER + session_module.PING_LIMIT <= 10
-    assert session_module.ABORT_LIMIT + session_module.LOGOUT_LIMIT < 30
+    assert liveness.PING_AFTER + liveness.PING_LIMIT <= 10
+    assert clearing.ABORT_LIMIT + farewell.LOGOUT_LIMIT < 30
 
 
 @pytest.mark.conformance(83)
@@ -666,7 +667,7 @@ async def test_session_logout_is_bounded_by_a_command_that_hangs() -> None:
 
 @pytest.mark.expect_log("aborting it")
 async def test_session_logout_goes_on_once_a_command_was_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "LOGOUT_LIMIT", 4.0)
+    monkeypatch.setattr(farewell, "LOGOUT_LIMIT", 4.0)
     config = config_of(_disk())
     config.script.add(Rule(IN, match=READ, action=Late(60)))
     logouts: list[int] = []

@@ -2,7 +2,8 @@ import pytest
 from initiator_kit import LUN_0, config_of, open_session, serving, settings_of
 
 from iscsifuse.errors import CommandTimeoutError, SessionLostError
-from iscsifuse.initiator.statistics import CommandRow, CommandStatistics
+from iscsifuse.initiator.statistics import CommandStatistics
+from iscsifuse.iscsi.tasks import Task
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi.status import Status
 from iscsifuse.testing.actions import Answer, Close, Late
@@ -12,12 +13,17 @@ from iscsifuse.testing.script import cdb as has_cdb
 
 
 def test_statistics_a_row_adds_up() -> None:
-    row = CommandRow("READ(10)", 0x28)
+    table = CommandStatistics()
+    row = table.row("READ(10)", opcode=0x28)
     assert row.average == 0.0
-    row.add(seconds=0.2, transferred=512, error=False)
-    row.add(seconds=0.4, transferred=0, error=True)
+    for status, moved, seconds in ((Status.GOOD, 512, 0.2), (Status.BUSY, 0, 0.4)):
+        task = Task(cdbs.read(lba=0, blocks=1), lun=LUN_0)
+        task.started = 7.0
+        task.received = moved
+        task.finish(status=status, residual=0, underflow=False, overflow=False)
+        table.count(task, 7.0 + seconds)
     assert (row.calls, row.errors, row.bytes) == (2, 1, 512)
-    assert (row.minimum, row.maximum) == (0.2, 0.4)
+    assert [row.minimum, row.maximum] == pytest.approx([0.2, 0.4])
     assert row.average == pytest.approx(0.3)
 
 

@@ -11,7 +11,7 @@ import trio
 from initiator_kit import at_once, pattern, settings_of, until
 
 from iscsifuse.errors import AuthenticationError, DataProtectError, NothingFoundError, ReadOnlyError
-from iscsifuse.initiator import session as session_module
+from iscsifuse.initiator import liveness
 from iscsifuse.initiator.discovery import discover
 from iscsifuse.initiator.inventory import LunDescription, scan
 from iscsifuse.initiator.logical_unit import LogicalUnit
@@ -167,8 +167,8 @@ async def test_targets_tgt_that_is_killed_and_comes_back(tgt_server: TgtServer, 
 async def test_targets_tgt_that_falls_silent(
     tgt_server: TgtServer, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "PING_AFTER", 0.2)
-    monkeypatch.setattr(session_module, "PING_LIMIT", 0.3)
+    monkeypatch.setattr(liveness, "PING_AFTER", 0.2)
+    monkeypatch.setattr(liveness, "PING_LIMIT", 0.3)
     tgt_server.add_target(TARGET, params={"DefaultTime2Wait": "0"})
     tgt_server.add_lun(TARGET, 1, image)
     async with _open(tgt_server, login_timeout=0.5, reconnect_timeout=20) as (nexus, _, unit):

@@ -22,10 +22,12 @@ from iscsifuse.cache import BufferPool, CacheSettings, block_file
 from iscsifuse.errors import CommandTimeoutError, IscsifuseError, NothingFoundError, WriteBackError
 from iscsifuse.initiator.settings import Portal, SessionSettings
 from iscsifuse.initiator.statistics import CommandStatistics
+from iscsifuse.iscsi.tasks import Task
 from iscsifuse.mount import assembly, daemon
 from iscsifuse.mount.assembly import Assembly
 from iscsifuse.mount.plan import MountPlan
 from iscsifuse.mount.tree import Disk
+from iscsifuse.scsi import cdb as cdbs
 
 TARGET = "iqn.2026-11.com.example:ram"
 
@@ -66,7 +68,10 @@ class RamDisk:
         await self._obey()
         start = lba * self.block_length
         buffer[:] = self.data[start : start + len(buffer)]
-        self.statistics.row("READ(10)", opcode=0x28).add(seconds=0.001, transferred=len(buffer), error=False)
+        task = Task(cdbs.read(lba=lba, blocks=len(buffer) // self.block_length), lun=bytes(8), buffer_in=buffer)
+        task.received = len(buffer)
+        task.finish(status=0, residual=0, underflow=False, overflow=False)
+        self.statistics.count(task, 0.001)
 
     async def write(self, buffer: memoryview, *, lba: int, fua: bool = False) -> None:  # noqa: ARG002
         await trio.lowlevel.checkpoint()

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from mount_fakes import MemoryFile
 
+from iscsifuse.errors import SessionLostError
 from iscsifuse.initiator.settings import Portal, SessionSettings
 from iscsifuse.initiator.statistics import CommandStatistics
+from iscsifuse.iscsi.tasks import Task
 from iscsifuse.mount.plan import MountPlan
 from iscsifuse.mount.report import StatusReport, cache_totals, command_rows
 from iscsifuse.mount.tree import Disk, Permissions, Tree
+from iscsifuse.scsi import cdb as cdbs
 
 TARGET = "iqn.2004-04.com.example:one"
 PLAN = MountPlan(
@@ -34,10 +37,14 @@ def report() -> StatusReport:
     disks = [Disk(TARGET, lun, MemoryFile(), writable=True) for lun in (1, 2)]
     tree = Tree.of_directory(disks, Permissions(uid=0, gid=0), by_target=False)
     statistics = CommandStatistics()
-    row = statistics.row("READ(10)", opcode=0x28)
-    row.add(seconds=0.5, transferred=100, error=False)
-    row.add(seconds=1.5, transferred=0, error=True)
-    statistics.row("WRITE(10)", opcode=0x2A).lost += 1
+    for status, seconds in ((0, 0.5), (2, 1.5)):
+        task = Task(cdbs.read(lba=0, blocks=1), lun=bytes(8))
+        task.received = 0 if status else 100
+        task.finish(status=status, residual=0, underflow=False, overflow=False)
+        statistics.count(task, seconds)
+    lost = Task(cdbs.write(lba=0, blocks=1), lun=bytes(8))
+    lost.fail(SessionLostError("gone"))
+    statistics.count(lost, 1.0)
     return StatusReport(
         plan=PLAN,
         tree=tree,

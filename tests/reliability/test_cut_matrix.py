@@ -21,7 +21,7 @@ import trio
 from reliability_kit import BLOCK, RECOVERY, Bench, bench, config_of, pattern, settings_of
 
 from iscsifuse.errors import IscsifuseError
-from iscsifuse.initiator import session as session_module
+from iscsifuse.initiator import liveness
 from iscsifuse.iscsi.pdu import BHS_LENGTH, Opcode
 from iscsifuse.scsi.cdb import Opcode as Scsi
 from iscsifuse.testing.actions import Action, Cut, Stall
@@ -229,8 +229,8 @@ def test_a_connection_that_falls_silent_at_some_bytes(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing comes any more, and nothing is taken: only pings tell."""
-    monkeypatch.setattr(session_module, "PING_AFTER", 0.1)
-    monkeypatch.setattr(session_module, "PING_LIMIT", 0.1)
+    monkeypatch.setattr(liveness, "PING_AFTER", 0.1)
+    monkeypatch.setattr(liveness, "PING_LIMIT", 0.1)
     sent = [one for one in trace().values() if not (_is_login(one) or _is_logout(one))]
     where = chosen(request, every_byte(sent)[::97], [], samples=8)
     for place in where:

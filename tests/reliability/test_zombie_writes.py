@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 from reliability_kit import BLOCK, RECOVERY, Bench, bench, config_of, pattern
 
-from iscsifuse.initiator import session as session_module
+from iscsifuse.initiator import clearing
 from iscsifuse.initiator.settings import Portal
 from iscsifuse.initiator.transport import Transport
 from iscsifuse.iscsi.pdu import Opcode, Pdu
@@ -152,7 +152,7 @@ def _unsupported(pdu: Pdu) -> Pdu:
 async def test_a_target_that_does_not_know_the_second_barrier_has_had_the_first(
     action: Action, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "ABORT_LIMIT", 0.1)
+    monkeypatch.setattr(clearing, "ABORT_LIMIT", 0.1)
     answer = Rule(OUT, action, is_a(Opcode.TASK_MANAGEMENT_RESPONSE), times=0)
     disk, zombie, rules = zombie_target(land_at="login", more=[answer])
     await run(disk, rules)
@@ -164,7 +164,7 @@ async def test_a_target_that_does_not_know_the_second_barrier_has_had_the_first(
 async def test_a_target_that_can_not_take_the_question_is_asked_once(
     action: Action, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "ABORT_LIMIT", 0.1)
+    monkeypatch.setattr(clearing, "ABORT_LIMIT", 0.1)
     disk = Disk(blocks=64)
     config = config_of(disk)
     config.script.add(Rule(IN, Cutting(), WRITE, name="cut"))
