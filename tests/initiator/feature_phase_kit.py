@@ -27,7 +27,7 @@ from initiator_kit import (
 from trio.testing import MockClock
 
 from iscsifuse.cache import BlockCache, BufferPool, CacheSettings, Handle
-from iscsifuse.initiator import nexus as nexus_module
+from iscsifuse.initiator import revival
 from iscsifuse.initiator import session as session_module
 from iscsifuse.initiator.inventory import scan
 from iscsifuse.initiator.logical_unit import LogicalUnit
@@ -83,7 +83,7 @@ def jumping(test: Callable[A, Awaitable[None]]) -> Callable[A, None]:
 
     @functools.wraps(test)
     def run(*args: A.args, **kwargs: A.kwargs) -> None:
-        with patch.object(session_module, "_TICK", 1.0), patch.object(nexus_module, "LAST_BACK_OFF", 5.0):
+        with patch.object(session_module, "_TICK", 1.0), patch.object(revival, "LAST_BACK_OFF", 5.0):
             trio.run(partial(test, *args, **kwargs), clock=MockClock(autojump_threshold=0.01))
 
     return run

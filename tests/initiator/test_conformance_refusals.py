@@ -24,7 +24,7 @@ from conformance_kit import (
 from initiator_kit import at_once, portal_of, serving, until
 
 from iscsifuse.errors import LoginError, LoginTimeoutError, SessionLostError
-from iscsifuse.initiator import nexus as nexus_module
+from iscsifuse.initiator import revival
 from iscsifuse.initiator.nexus import NexusState
 from iscsifuse.iscsi.pdu import Pdu
 from iscsifuse.iscsi.request import LoginRequest
@@ -102,7 +102,7 @@ async def test_a_refusal_at_one_portal_leaves_the_others() -> None:
 @pytest.mark.conformance(23)
 async def test_a_target_that_is_started_again_is_not_there_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """23: "not found" in recovery → asked again, seldom, however long it takes: it had the target once."""
-    monkeypatch.setattr(nexus_module, "LAST_BACK_OFF", 0.2)
+    monkeypatch.setattr(revival, "LAST_BACK_OFF", 0.2)
     config = one_disk()
     async with serving(config) as target, opened([portal_of(target)]) as nexus:
         times = _login_times(config)
@@ -141,7 +141,7 @@ def _login_times(config: TargetConfig) -> list[float]:
 @pytest.mark.parametrize("number", [0x0300, 0x0301, 0x0302], ids=lambda number: f"{number:04x}")
 async def test_recovery_backs_off_from_a_busy_target(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """23: status class 3 in recovery → tried again, each time after a longer while, until it works; TCP closed."""
-    monkeypatch.setattr(nexus_module, "LAST_BACK_OFF", 5.0)
+    monkeypatch.setattr(revival, "LAST_BACK_OFF", 5.0)
     config = one_disk()
     async with serving(config) as target, opened([portal_of(target)]) as nexus:
         times = _login_times(config)
@@ -151,7 +151,7 @@ async def test_recovery_backs_off_from_a_busy_target(number: int, monkeypatch: p
         assert target.connections == 1
     assert len(times) == 6
     for index, (earlier, later) in enumerate(itertools.pairwise(times)):
-        assert later - earlier >= 0.75 * nexus_module.FIRST_BACK_OFF * 2**index
+        assert later - earlier >= 0.75 * revival.FIRST_BACK_OFF * 2**index
 
 
 @pytest.mark.conformance(24)

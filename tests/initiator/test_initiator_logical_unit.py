@@ -29,7 +29,7 @@ from iscsifuse.errors import (
     TransferError,
     WriteBackError,
 )
-from iscsifuse.initiator import nexus as nexus_module
+from iscsifuse.initiator import guards
 from iscsifuse.initiator.inventory import scan
 from iscsifuse.initiator.logical_unit import MAX_TRANSFER, LogicalUnit
 from iscsifuse.initiator.nexus import Nexus, NexusState, open_nexus
@@ -402,7 +402,7 @@ async def test_logical_unit_the_same_disk_goes_on() -> None:
 @pytest.mark.conformance(100)
 @pytest.mark.expect_log(f"{RECOVERY}|can't be examined any more|is there again")
 async def test_logical_unit_one_that_cannot_be_examined_comes_back_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nexus_module, "ASK_AGAIN_AFTER", 0.05)
+    monkeypatch.setattr(guards, "ASK_AGAIN_AFTER", 0.05)
     disk = _disk()
     async with _open(config_of(disk), reconnect_timeout=0.3) as (target, nexus, unit):
         disk.medium_present = False

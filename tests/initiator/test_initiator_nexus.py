@@ -31,7 +31,7 @@ from iscsifuse.errors import (
     NothingFoundError,
     SessionLostError,
 )
-from iscsifuse.initiator import farewell
+from iscsifuse.initiator import farewell, guards, revival
 from iscsifuse.initiator import nexus as nexus_module
 from iscsifuse.initiator import session as session_module
 from iscsifuse.initiator.nexus import Nexus, NexusState, open_nexus
@@ -172,8 +172,8 @@ async def test_nexus_a_command_under_which_the_target_breaks_the_protocol_is_giv
 async def test_nexus_sessions_that_do_not_last_follow_each_other_ever_more_slowly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nexus_module, "FIRST_BACK_OFF", 0.05)
-    monkeypatch.setattr(nexus_module, "LAST_BACK_OFF", 0.5)
+    monkeypatch.setattr(revival, "FIRST_BACK_OFF", 0.05)
+    monkeypatch.setattr(revival, "LAST_BACK_OFF", 0.5)
     config = config_of(_disk())
     config.script.add(Rule(IN, match=READ, times=0, action=Close()))
     async with serving(config) as target, _open(target, reconnect_timeout=1) as nexus:
@@ -314,7 +314,7 @@ async def test_nexus_waiting_for_ever() -> None:
     async with serving(config) as target, _open(target, reconnect_timeout=-1) as nexus:
         target.drop_connections()
         await _noticed(nexus)
-        assert nexus._give_up_at == float("inf")
+        assert nexus.give_up_at == float("inf")
         assert await _read(nexus) == pattern(512)
 
 
@@ -705,7 +705,7 @@ async def test_nexus_what_waits_for_a_replay_does_not_reach_a_barred_unit(
 async def test_nexus_a_guard_that_cannot_tell_is_asked_again_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nexus_module, "ASK_AGAIN_AFTER", 0.05)
+    monkeypatch.setattr(guards, "ASK_AGAIN_AFTER", 0.05)
     answers = iter([False, False, True])
     asked: list[float] = []
 

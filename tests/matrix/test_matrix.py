@@ -38,6 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _offers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("iscsifuse.initiator.nexus.login_config", offer)
+    monkeypatch.setattr("iscsifuse.initiator.revival.login_config", offer)
 
 
 def _outcomes(target: TargetCells, cells: list[Cell]) -> dict[int, Cell]:

@@ -12,7 +12,7 @@ import trio
 from reliability_kit import BLOCK, bench, config_of, pattern, settings_of
 
 from iscsifuse.errors import CommandTimeoutError
-from iscsifuse.initiator import nexus as nexus_module
+from iscsifuse.initiator import nexus, revival
 from iscsifuse.initiator.inventory import scan
 from iscsifuse.initiator.logical_unit import LogicalUnit
 from iscsifuse.iscsi.pdu import Opcode
@@ -45,9 +45,11 @@ class Lines(logging.Filter):
 @pytest.fixture
 def lines() -> Iterator[Lines]:
     counting = Lines()
-    nexus_module.log.addFilter(counting)
+    for log in (nexus.log, revival.log):
+        log.addFilter(counting)
     yield counting
-    nexus_module.log.removeFilter(counting)
+    for log in (nexus.log, revival.log):
+        log.removeFilter(counting)
 
 
 def footprint() -> tuple[int, int, int]:

@@ -1,0 +1,97 @@
+"""Guards: who looks at a new session before commands flow, and again until it is clear whose disk answers.
+
+A guard is a coroutine that may use the session it is given, and must not raise but SessionLostError. It bars and
+unbars its disk (`Nexus.bar`), and returns whether that is settled. If not, it is asked again after a while: a slow
+disk holds up no other, and targets often let in before all of their disks are there.
+"""
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import trio
+
+from iscsifuse.errors import SessionLostError
+from iscsifuse.initiator.groups import plain_errors
+from iscsifuse.initiator.session import Session
+
+__all__ = ["ASK_AGAIN_AFTER", "Guard", "Guards"]
+
+ASK_AGAIN_AFTER = 5.0
+"""Seconds until a guard that couldn't prove its disk is asked again; at first less."""
+FIRST_ASK_AGAIN = 0.25
+
+Guard = Callable[[Session], Awaitable[bool]]
+
+
+class Guards:
+    """The guards of one nexus.
+
+    Invariant: a guard that couldn't settle things on the session in use is asked again, until it can, or that session
+    has ended (the next one's guards come before any command), or the nexus.
+    """
+
+    def __init__(self) -> None:
+        self._guards: list[Guard] = []
+        self._unsettled: list[Guard] = []  # on the session that was proved last
+        self._nursery: trio.Nursery | None = None  # while the nexus lives
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Where guards are asked from now on."""
+        self._nursery = nursery
+
+    def stop(self) -> None:
+        """The nexus is at its end: nobody needs to be asked any more."""
+        self._nursery = None
+
+    def add(self, guard: Guard) -> None:
+        """One more."""
+        self._guards.append(guard)
+
+    async def prove(self, session: Session) -> None:
+        """Ask all of them, side by side, about a session that isn't in use yet.
+
+        Raises:
+            SessionLostError: it ended meanwhile.
+        """
+        unsettled: list[Guard] = []
+
+        async def ask(guard: Guard) -> None:
+            if not await guard(session):
+                unsettled.append(guard)
+
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                for guard in self._guards:
+                    nursery.start_soon(ask, guard)
+        self._unsettled = unsettled
+
+    def go_on(self, session: Session) -> None:
+        """The session that was proved is in use now: ask those again that couldn't settle things."""
+        if self._nursery is not None:
+            for guard in self._unsettled:
+                self._nursery.start_soon(self._ask_again, guard, session)
+
+    def prove_soon(self, guard: Guard, session: Session, *, then: Callable[[], None]) -> None:
+        """Have a guard look at the session in use, in a task of its own; see `Nexus.prove_soon`."""
+        if self._nursery is None:
+            then()
+        else:
+            self._nursery.start_soon(self._prove_again, guard, session, then)
+
+    async def _prove_again(self, guard: Guard, session: Session, then: Callable[[], None]) -> None:
+        with suppress(SessionLostError):  # the guards look at the next one anyway
+            try:
+                settled = await guard(session)
+            finally:
+                then()
+            if not settled:
+                await self._ask_again(guard, session)
+
+    async def _ask_again(self, guard: Guard, session: Session) -> None:
+        pause = FIRST_ASK_AGAIN
+        with suppress(SessionLostError):
+            while session.error is None and self._nursery is not None:
+                await trio.sleep(min(pause, ASK_AGAIN_AFTER))
+                pause *= 2
+                if session.error is None and await guard(session):
+                    return
