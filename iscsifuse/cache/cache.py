@@ -4,14 +4,10 @@ How it thinks. All state belongs to one trio thread, and changes only between ch
 loop of *look at everything; if it can be done now, do it with no await in between; else wait for one thing, and look
 at everything again*. Locks aren't needed: the bits of an extent (see ``extent``) say who is busy with a block.
 
-* **Read.** All blocks valid: a slice of the arena, at once. Else the reader claims the missing blocks that nobody is
-  filling, reads exactly these into their place, and looks again; or, where others are filling all that is missing,
-  waits for one of them and looks again.
+* **Read.** All blocks valid: a slice of the arena, at once. Missing blocks are filled, each by one reader, while the
+  others wait (``spans``); or they are read past the cache (``aside``). The most common reads have a short way here.
 * **Fill.** Blocks become valid if the device read succeeded and ``invalidate`` wasn't called since it began. If it
   failed or was cancelled, they are simply not valid, and whoever waited goes on by himself.
-* **Uncached read.** A reader who finds no slot, or makes no progress (shared fills failed under him, or the medium
-  keeps changing), reads the blocks that aren't valid into memory of his own. It ends his waiting in any case:
-  readers never wait for a slot. What has become valid meanwhile wins over what was read.
 * **Write.** One extent at a time. Blocks that are filling or writing: wait. Covered in part and not valid: fill.
   Too much dirty: wait for room. No slot: wait for a slot, holding nothing. Then copy, valid and dirty.
 * **Write through.** As many neighbouring extents at once as can be had without waiting; copy, valid and writing,
@@ -24,28 +20,21 @@ calls end. Hence no circles, and no waiting for ever.
 
 import trio
 
+from iscsifuse.cache.aside import LONGEST_STRAY, AsideReader
 from iscsifuse.cache.device import BlockDevice, EndOfDeviceError
-from iscsifuse.cache.extent import Extent, Geometry, runs, span
+from iscsifuse.cache.extent import Geometry
 from iscsifuse.cache.file import BlockFile, Buffer
 from iscsifuse.cache.filling import Filler
 from iscsifuse.cache.pool import BufferPool
 from iscsifuse.cache.prefetch import Prefetcher
 from iscsifuse.cache.readahead import ReadAhead
 from iscsifuse.cache.settings import CacheSettings, CacheStats
+from iscsifuse.cache.spans import SpanReader
 from iscsifuse.cache.through import WriteThrough
 from iscsifuse.cache.writeback import WriteBack
 from iscsifuse.errors import ParameterDataError, WriteBackError
 
 __all__ = ["BlockCache"]
-
-# Fruitless rounds of a read (fills under it failed, or didn't count) before it is made past the cache.
-_PATIENCE = 1
-# Reads past the cache, of this LUN, that may be under way at once; each takes at most 1 MiB, the longest request.
-# Small ones don't count: they are many where a block is dying, and shouldn't queue for its timeouts.
-_MOST_ASIDE = 12
-_SMALL = 64 * 1024
-# Longest read that may be a stray.
-_STRAY = 16 * 1024
 
 
 class BlockCache(BlockFile):
@@ -90,13 +79,12 @@ class BlockCache(BlockFile):
             block_count=lambda: device.block_count,
         )
         self._watching = False
-        self._keep_strays = settings.keep_strays
-        self._visited: dict[int, None] = {}  # extents that aren't cached, where a stray was read; oldest first
-        self._aside = trio.Semaphore(_MOST_ASIDE)
         self._flush_wanted = False
         self._flush_alarm = trio.Event()
-        self._hits = self._misses = self._uncached = 0
-        self._uncached_bytes = self._uncached_commands = self._writes = 0
+        self._hits = self._misses = self._writes = 0
+        self._aside = AsideReader(device, filler=self._filler, keep_strays=settings.keep_strays)
+        self._spans = SpanReader(filler=self._filler, aside=self._aside)
+        self._read_span = self._spans.read
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -127,16 +115,16 @@ class BlockCache(BlockFile):
 
     def stats(self) -> CacheStats:
         """Counters, and the present state."""
-        write_back, prefetcher = self._write_back, self._prefetcher
+        write_back, prefetcher, aside = self._write_back, self._prefetcher, self._aside
         dirty = sum((extent.dirty | extent.writing).bit_count() for extent in write_back.unclean)
         unsynced = sum(extent.unsynced.bit_count() for extent in write_back.unsynced.extents)
         valid = sum(extent.valid.bit_count() for extent in self._extents.values())
         return CacheStats(
-            hits=self._hits,
-            misses=self._misses,
-            uncached_reads=self._uncached,
-            fill_commands=self._filler.commands + self._uncached_commands,
-            fill_bytes=self._filler.filled + self._uncached_bytes,
+            hits=self._hits + self._spans.hits,
+            misses=self._misses + self._spans.misses,
+            uncached_reads=aside.reads,
+            fill_commands=self._filler.commands + aside.commands,
+            fill_bytes=self._filler.filled + aside.arrived,
             read_ahead_commands=prefetcher.commands,
             read_ahead_bytes=prefetcher.arrived,
             read_ahead_errors=prefetcher.failures,
@@ -230,13 +218,14 @@ class BlockCache(BlockFile):
         wanted = (1 << -(-end // block)) - (1 << start // block)
         extent = self._extents.get(index)
         if extent is None:
-            if stop - offset <= _STRAY and self._is_stray(index):
+            aside = self._aside
+            if stop - offset <= LONGEST_STRAY and aside.is_stray(index):
                 self._misses += 1
-                self._uncached += 1
-                return await self._read_aside(offset, stop)
+                return await aside.read(offset, stop)
             extent = self._filler.allocate(index)
             if extent is None:
-                return await self._read_uncached(offset, stop)
+                self._misses += 1
+                return await aside.read_in_turn(offset, stop)
             missing = wanted
         else:
             missing = wanted & ~extent.valid
@@ -267,153 +256,6 @@ class BlockCache(BlockFile):
             return await self._read_span(offset, stop, waited=True)
         self._pool.touch(extent, wanted, start=start, stop=end)
         return extent.view[start:end]
-
-    def _is_stray(self, index: int) -> bool:
-        """Whether a place is not to be cached yet, since nobody has asked for it of late; now somebody has."""
-        if self._keep_strays:
-            return False
-        visited = self._visited
-        if index in visited:
-            del visited[index]
-            return False
-        if len(visited) >= self._pool.slots:
-            del visited[next(iter(visited))]
-        visited[index] = None
-        return True
-
-    async def _read_span(self, offset: int, stop: int, *, waited: bool = False) -> Buffer:
-        """Any read: of several extents, of several runs, of blocks that others are filling."""
-        length = self._extent_length
-        patience = _PATIENCE
-        lost = self._filler.generation
-        pinned: list[Extent] = []
-        try:
-            for index in range(offset // length, -(-stop // length)):
-                extent = self._extents.get(index) or self._filler.allocate(index)
-                if extent is None:
-                    break
-                extent.pins += 1
-                pinned.append(extent)
-                lost += extent.lost
-            else:
-                while True:
-                    missing, busy = self._missing(pinned, offset, stop)
-                    if not missing:
-                        if not waited:
-                            self._hits += 1
-                        return self._join(pinned, offset, stop)
-                    if not waited:
-                        waited = True
-                        self._misses += 1
-                    now_lost = self._filler.generation + sum(extent.lost for extent in pinned)
-                    if now_lost != lost:
-                        lost = now_lost
-                        patience -= 1
-                        if patience < 0:
-                            break
-                    # No await since ``_missing``: what it found to be nobody's is claimed here by this task only.
-                    transfers = self._filler.claim(missing)
-                    if transfers:
-                        await self._filler.each(transfers, self._filler.demand, self._filler.release)
-                    else:
-                        assert busy is not None  # noqa: S101  missing blocks, and none that was ours to fill
-                        await busy.changed()
-        finally:
-            for extent in pinned:
-                extent.pins -= 1
-            if pinned:
-                self._pool.notify()
-        return await self._read_uncached(offset, stop, counted=waited)
-
-    def _missing(
-        self, extents: list[Extent], offset: int, stop: int
-    ) -> tuple[list[tuple[Extent, int]], Extent | None]:
-        """What of a range isn't valid: blocks by extent; and some extent where others are filling them."""
-        missing: list[tuple[Extent, int]] = []
-        busy: Extent | None = None
-        length = self._extent_length
-        base = extents[0].index * length
-        for extent in extents:
-            wanted = self._geometry.blocks_of(max(0, offset - base), min(length, stop - base))
-            lacking = wanted & ~extent.valid
-            if lacking:
-                missing.append((extent, lacking))
-                if lacking & extent.filling:
-                    busy = extent
-            base += length
-        return missing, busy
-
-    def _join(self, extents: list[Extent], offset: int, stop: int) -> Buffer:
-        """The bytes of a range that is valid: one slice if its extents lie side by side, else a copy."""
-        length = self._extent_length
-        base = first = extents[0].index * length
-        address = follows = extents[0].address
-        pieces = []
-        side_by_side = True
-        for extent in extents:
-            start, end = max(0, offset - base), min(length, stop - base)
-            self._pool.touch(extent, self._geometry.blocks_of(start, end), start=start, stop=end)
-            side_by_side &= extent.address == follows
-            follows = extent.address + length
-            pieces.append(extent.view[start:end])
-            base += length
-        if side_by_side:
-            return self._pool.view[address + offset - first : address + stop - first]
-        return bytearray().join(pieces)
-
-    async def _read_uncached(self, offset: int, stop: int, *, counted: bool = False) -> Buffer:
-        """Read past the cache, into memory of this reader's own.
-
-        Blocks that are valid when it begins are taken at once, the others are read, and in the end what is valid by
-        then is taken again: a write that was acknowledged before the read ends may or may not be seen, one that was
-        acknowledged before it began is (its block was valid, or is on the device already).
-        """
-        if not counted:
-            self._misses += 1
-        self._uncached += 1
-        if stop - offset <= _SMALL:
-            return await self._read_aside(offset, stop)
-        # The LUN's own turn first: a disk that hangs can hold a few of the common ones, and never all of them.
-        async with self._aside, self._pool.aside:
-            return await self._read_aside(offset, stop)
-
-    async def _read_aside(self, offset: int, stop: int) -> Buffer:
-        block = self._block_length
-        first, last = offset // block, -(-stop // block)
-        buffer = memoryview(bytearray((last - first) * block))
-        blocks = self._geometry.blocks
-        if first // blocks not in self._extents and (last - 1) // blocks == first // blocks:
-            # The usual stray: all of it is on the device, and only there.
-            self._uncached_commands += 1
-            await self._device.read_into(buffer, lba=first)
-            self._uncached_bytes += len(buffer)
-            if first // blocks in self._extents:
-                self._overlay(buffer, first, last)
-            return buffer[offset - first * block : stop - first * block]
-        missing = self._overlay(buffer, first, last)
-        for begin, end in runs(missing):
-            self._uncached_commands += 1
-            await self._device.read_into(buffer[begin * block : end * block], lba=first + begin)
-            self._uncached_bytes += (end - begin) * block
-        self._overlay(buffer, first, last)
-        return buffer[offset - first * block : stop - first * block]
-
-    def _overlay(self, buffer: memoryview, first: int, last: int) -> int:
-        """Copy what is valid of the blocks ``first`` to ``last - 1`` into their buffer; returns what isn't."""
-        geometry = self._geometry
-        missing = span(0, last - first)
-        for index in range(first // geometry.blocks, -(-last // geometry.blocks)):
-            extent = self._extents.get(index)
-            if extent is None:
-                continue
-            base = index * geometry.blocks
-            valid = extent.valid & span(max(0, first - base), min(geometry.blocks, last - base))
-            for begin, end in runs(valid):
-                source, target = begin * geometry.block_length, (base + begin - first) * geometry.block_length
-                size = (end - begin) * geometry.block_length
-                buffer[target : target + size] = extent.view[source : source + size]
-                missing &= ~span(base + begin - first, base + end - first)
-        return missing
 
     # -- writing ------------------------------------------------------------------------------------------------
 

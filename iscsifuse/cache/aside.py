@@ -1,0 +1,119 @@
+"""Reads past the cache: into memory of the reader's own, for whom there is no room, or who isn't worth any.
+
+* **Strays.** A small read of a place where nobody was of late is not cached: no room is made for it. The second time
+  somebody comes there, it is.
+* **No slot, or no progress** (shared fills failed under a reader, or the medium keeps changing): such a read ends the
+  reader's waiting in any case.
+
+What is valid in memory wins over what was read, before and after. So a write that was acknowledged before the read
+began is seen (its block was valid, or is on the device already); one that is acknowledged before it ends may be.
+"""
+
+import trio
+
+from iscsifuse.cache.device import BlockDevice
+from iscsifuse.cache.extent import runs, span
+from iscsifuse.cache.file import Buffer
+from iscsifuse.cache.filling import Filler
+
+__all__ = ["LONGEST_STRAY", "AsideReader"]
+
+LONGEST_STRAY = 16 * 1024
+"""Bytes of a read that may be a stray."""
+# Reads past the cache, of this LUN, that may be under way at once; each takes at most 1 MiB, the longest request.
+# Small ones don't count: they are many where a block is dying, and shouldn't queue for its timeouts.
+_MOST_ASIDE = 12
+_SMALL = 64 * 1024
+
+
+class AsideReader:
+    """Reads of one LUN past its cache.
+
+    Invariant: it changes nothing in the cache; and it waits for device reads only, but for large reads, which also
+    wait for each other. So readers never wait for a slot.
+
+    Args:
+        device: the disk.
+        filler: of its cache.
+        keep_strays: whether all reads are worth their room.
+
+    Attributes:
+        reads: how many were made.
+        commands: that they took.
+        arrived: bytes that these brought.
+    """
+
+    def __init__(self, device: BlockDevice, *, filler: Filler, keep_strays: bool) -> None:
+        self.reads = self.commands = self.arrived = 0
+        self._device = device
+        self._extents = filler.extents
+        self._geometry = filler.geometry
+        self._pool = filler.pool
+        self._keep_strays = keep_strays
+        self._visited: dict[int, None] = {}  # extents that aren't cached, where a stray was read; oldest first
+        self._turns = trio.Semaphore(_MOST_ASIDE)
+
+    def is_stray(self, index: int) -> bool:
+        """Whether a place is not to be cached yet, since nobody has asked for it of late; now somebody has."""
+        if self._keep_strays:
+            return False
+        visited = self._visited
+        if index in visited:
+            del visited[index]
+            return False
+        if len(visited) >= self._pool.slots:
+            del visited[next(iter(visited))]
+        visited[index] = None
+        return True
+
+    async def read_in_turn(self, offset: int, stop: int) -> Buffer:
+        """A read for which there is no other way; large ones are limited in number, since they take memory."""
+        if stop - offset <= _SMALL:
+            return await self.read(offset, stop)
+        # The LUN's own turn first: a disk that hangs can hold a few of the common ones, and never all of them.
+        async with self._turns, self._pool.aside:
+            return await self.read(offset, stop)
+
+    async def read(self, offset: int, stop: int) -> Buffer:
+        """Read the bytes ``offset`` to ``stop - 1`` at once.
+
+        Raises:
+            IscsifuseError: the device's own.
+        """
+        self.reads += 1
+        block = self._geometry.block_length
+        first, last = offset // block, -(-stop // block)
+        buffer = memoryview(bytearray((last - first) * block))
+        blocks = self._geometry.blocks
+        if first // blocks not in self._extents and (last - 1) // blocks == first // blocks:
+            # The usual stray: all of it is on the device, and only there.
+            self.commands += 1
+            await self._device.read_into(buffer, lba=first)
+            self.arrived += len(buffer)
+            if first // blocks in self._extents:
+                self._overlay(buffer, first, last)
+            return buffer[offset - first * block : stop - first * block]
+        missing = self._overlay(buffer, first, last)
+        for begin, end in runs(missing):
+            self.commands += 1
+            await self._device.read_into(buffer[begin * block : end * block], lba=first + begin)
+            self.arrived += (end - begin) * block
+        self._overlay(buffer, first, last)
+        return buffer[offset - first * block : stop - first * block]
+
+    def _overlay(self, buffer: memoryview, first: int, last: int) -> int:
+        """Copy what is valid of the blocks ``first`` to ``last - 1`` into their buffer; returns what isn't."""
+        geometry = self._geometry
+        missing = span(0, last - first)
+        for index in range(first // geometry.blocks, -(-last // geometry.blocks)):
+            extent = self._extents.get(index)
+            if extent is None:
+                continue
+            base = index * geometry.blocks
+            valid = extent.valid & span(max(0, first - base), min(geometry.blocks, last - base))
+            for begin, end in runs(valid):
+                source, target = begin * geometry.block_length, (base + begin - first) * geometry.block_length
+                size = (end - begin) * geometry.block_length
+                buffer[target : target + size] = extent.view[source : source + size]
+                missing &= ~span(base + begin - first, base + end - first)
+        return missing
