@@ -41,6 +41,8 @@ EXIT_SOME = 64
 
 _FUSE_CONF = Path("/etc/fuse.conf")
 _DEV_LOG = Path("/dev/log")
+_EVERYTHING = 2
+"""The verbosity of who wants to see all of the log on his terminal, however much that is."""
 
 
 def mount(plan: MountPlan) -> int:
@@ -160,6 +162,9 @@ def _in_front(plan: MountPlan) -> int:
         partial = is_partial
         log.info("%s is mounted on %s", plan.source, plan.mountpoint)
 
+    if plan.verbosity < _EVERYTHING:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(SparingFilter())
     code = _run(plan, ready)
     return code or (EXIT_SOME if partial else EXIT_OK)
 

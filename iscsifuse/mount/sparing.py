@@ -1,7 +1,8 @@
 """A log that can't be flooded: a daemon lives for years, and a bad line has something to say at each moment.
 
 Each place in the program that logs has its own budget: so many lines at once, then one every few seconds. What is
-held back is counted, and the next line from there says how many there were.
+held back is counted, and the next line from there says how many there were. This is for the handlers, those of a
+mount in the foreground included; who logs needn't think of it.
 """
 
 import logging
@@ -26,7 +27,7 @@ class _Budget:
 
 
 class SparingFilter(logging.Filter):
-    """For the handlers of a daemon. Bounded itself: there are so many places that log, and no more.
+    """For a handler of a mount. Bounded itself: there are so many places that log, and no more.
 
     Args:
         clock: seconds; for tests.

@@ -16,7 +16,6 @@ and EAGAIN make programs ask again, for ever. All these become EIO.
 import errno
 import functools
 import logging
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -25,7 +24,7 @@ from pyfuse3 import FUSEError
 
 from iscsifuse.errors import IscsifuseError
 
-__all__ = ["RateLimit", "errno_of", "fuse_error", "never_enosys", "translated", "worst_leaf"]
+__all__ = ["errno_of", "fuse_error", "never_enosys", "translated", "worst_leaf"]
 
 log = logging.getLogger(__name__)
 
@@ -36,40 +35,6 @@ _S = TypeVar("_S")
 _MAX_ERRNO = 511
 """The kernel takes no answer beyond it (``fuse_dev_do_write``: -512 < error <= 0)."""
 _MISLEADING = frozenset({errno.ENOSYS, errno.EINTR, errno.EAGAIN})
-
-
-class RateLimit:
-    """At most so many log lines in so many seconds; what was held back is counted.
-
-    Args:
-        lines: in one period.
-        period: seconds.
-        clock: seconds, counting up.
-    """
-
-    def __init__(self, *, lines: int = 20, period: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lines = lines
-        self._period = period
-        self._clock = clock
-        self._began = float("-inf")
-        self._used = 0
-        self._held_back = 0
-
-    def allow(self) -> tuple[bool, int]:
-        """Whether a line may be logged now, and how many were held back before it."""
-        now = self._clock()
-        if now - self._began >= self._period:
-            self._began = now
-            self._used = 0
-        if self._used >= self._lines:
-            self._held_back += 1
-            return False, 0
-        self._used += 1
-        held_back, self._held_back = self._held_back, 0
-        return True, held_back
-
-
-_limit = RateLimit()
 
 
 def errno_of(error: BaseException) -> int:
@@ -172,12 +137,8 @@ def never_enosys(
 def _told(name: str, error: Exception, whole: BaseException) -> int:
     """Log an exception, and return the errno for it."""
     number = errno_of(error)
-    allowed, held_back = _limit.allow()
-    if held_back:
-        log.warning("%d more errors of file operations were not logged", held_back)
     if isinstance(error, IscsifuseError | OSError):
-        if allowed:
-            log.warning("%s failed with %s: %s", name, errno.errorcode.get(number, number), error)
-    elif allowed:
+        log.warning("%s failed with %s: %s", name, errno.errorcode.get(number, number), error)
+    else:
         log.error("%s failed unexpectedly", name, exc_info=whole)
     return number

@@ -17,6 +17,7 @@ from iscsifuse.errors import MountError, UsageError
 from iscsifuse.mount.attach import BusyError
 from iscsifuse.mount.client import status, umount
 from iscsifuse.mount.mountinfo import find_mount
+from iscsifuse.mount.sparing import BURST
 
 pytestmark = pytest.mark.fuse
 
@@ -494,6 +495,22 @@ def test_a_signal_unmounts_what_is_busy(ram: Ram) -> None:
     finally:
         with pytest.raises(OSError, match=r"not connected|aborted"):
             os.close(number)
+
+
+@pytest.mark.parametrize("verbosity", [0, 2])
+def test_a_terminal_is_not_flooded_unless_that_is_wanted(ram: Ram, verbosity: int) -> None:
+    ram.start_in_front(verbosity=verbosity)
+    ram.order("fail-0")
+    times = BURST * 3
+    with ram.lun.open("rb", buffering=0) as file:
+        for number in range(times):
+            with pytest.raises(OSError, match="Input/output error"):
+                os.pread(file.fileno(), 512, number * 4096)
+    assert ram.process is not None
+    ram.process.send_signal(signal.SIGTERM)
+    _, said = ram.process.communicate(timeout=20)
+    lines = said.count("read failed with EIO")
+    assert lines >= times if verbosity else BURST <= lines < times
 
 
 @pytest.mark.root

@@ -6,9 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pyfuse3 import FUSEError
 
-from iscsifuse.mount import daemon
+from iscsifuse.errors import CommandTimeoutError
+from iscsifuse.mount import daemon, translate
 from iscsifuse.mount.sparing import BURST, EVERY, SparingFilter
+from iscsifuse.mount.translate import translated
 
 
 class Lines(logging.Handler):
@@ -63,6 +66,29 @@ def test_after_a_pause_there_is_a_full_budget_again() -> None:
         assert len(lines.lines) == BURST
         lines.now += EVERY * BURST
     assert lines.lines[0] == "0% (5 like this were not logged)"
+
+
+@translated
+async def _failing_read(_: object) -> None:
+    raise CommandTimeoutError("slow")
+
+
+@pytest.mark.expect_log("read failed with EIO: slow")
+async def test_operations_that_fail_can_not_flood_the_log() -> None:
+    lines = Lines()
+    translate.log.addHandler(lines)
+    try:
+        for _ in range(BURST + 7):
+            with pytest.raises(FUSEError):
+                await _failing_read(None)
+        lines.now += EVERY
+        with pytest.raises(FUSEError):
+            await _failing_read(None)
+    finally:
+        translate.log.removeHandler(lines)
+    assert len(lines.lines) == BURST + 1
+    assert lines.lines[0].endswith("read failed with EIO: slow")
+    assert lines.lines[-1].endswith("read failed with EIO: slow (7 like this were not logged)")
 
 
 def test_what_is_critical_always_passes() -> None:

@@ -15,8 +15,7 @@ from iscsifuse.errors import (
     ReservationConflictError,
     WriteBackError,
 )
-from iscsifuse.mount import translate
-from iscsifuse.mount.translate import RateLimit, errno_of, never_enosys, translated, worst_leaf
+from iscsifuse.mount.translate import errno_of, never_enosys, translated, worst_leaf
 
 
 class EnosysError(IscsifuseError):
@@ -46,11 +45,6 @@ class Operations:
     async def flush(self) -> None:
         assert self.error is not None
         raise self.error
-
-
-@pytest.fixture(autouse=True)
-def _limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(translate, "_limit", RateLimit())
 
 
 SENTENCES = [
@@ -202,21 +196,3 @@ async def test_mistakes_are_logged_with_a_traceback(caplog: pytest.LogCaptureFix
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert record.exc_info is not None
-
-
-@pytest.mark.expect_log("read failed|not logged")
-async def test_floods_are_cut_short(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(translate, "_limit", RateLimit(lines=3, period=10, clock=lambda: now))
-    operations = Operations(CommandTimeoutError("slow"))
-    for _ in range(10):
-        with pytest.raises(FUSEError):
-            await operations.read(0, size=0)
-    assert len(caplog.records) == 3
-    now = 10.0
-    with pytest.raises(FUSEError):
-        await operations.read(0, size=0)
-    assert [record.getMessage() for record in caplog.records[3:]] == [
-        "7 more errors of file operations were not logged",
-        "read failed with EIO: slow",
-    ]
