@@ -262,10 +262,9 @@ class Nexus:
         """Log out if there is a session; end all waiting. Bounded in time."""
         if self.state is NexusState.CLOSED:
             return
-        session = self._session
         self._enter(NexusState.CLOSED)
         try:
-            await session.logout()
+            await self._session.logout()
         finally:
             self._scope.cancel()
 
@@ -352,7 +351,6 @@ class Nexus:
         self._bars.wake()
 
     async def _wait_for_session(self, give_up_at: float) -> Session:
-        """The session, once there is one."""
         with trio.CancelScope(deadline=min(give_up_at, self._give_up_at)):
             while self.state is NexusState.LOST:
                 await self._changed.wait()
