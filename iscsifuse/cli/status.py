@@ -75,6 +75,7 @@ def _session(session: Document, *, now: float) -> str:
         "portal": _word(session, "portal"),
         "state": f"{_word(session, 'state')}, since {_moment(session.get('since'), now=now)}",
         "reconnects": _word(session, "reconnects"),
+        "replays": _replays(session),
         "last error": _word(session, "last_error"),
         "commands": f"{_word(session, 'in_flight')} in flight, {_word(session, 'queued')} waiting",
         "ISID, TSIH": f"{_word(session, 'isid')}, {_word(session, 'tsih')}",
@@ -85,6 +86,13 @@ def _session(session: Document, *, now: float) -> str:
     return "\n".join(
         (pairs(title, values), pairs("  negotiated", {f"  {key}": value for key, value in keys.items()}))
     )
+
+
+def _replays(session: Document) -> str:
+    from iscsifuse.cli.words import count
+
+    replays = _integer(session, "replays")
+    return "-" if replays is None else f"{count(replays, 'command')} sent again"
 
 
 def _window(session: Document) -> str:

@@ -48,7 +48,7 @@ class Guards:
         self._guards.append(guard)
 
     async def prove(self, session: Session) -> None:
-        """Ask all of them, side by side, about a session that isn't in use yet.
+        """Ask all of them, side by side, about a session that isn't in use yet; those that are added meanwhile, too.
 
         Raises:
             SessionLostError: it ended meanwhile.
@@ -59,10 +59,13 @@ class Guards:
             if not await guard(session):
                 unsettled.append(guard)
 
-        with plain_errors():
-            async with trio.open_nursery() as nursery:
-                for guard in self._guards:
-                    nursery.start_soon(ask, guard)
+        asked = 0
+        while asked < len(self._guards):
+            some, asked = self._guards[asked:], len(self._guards)
+            with plain_errors():
+                async with trio.open_nursery() as nursery:
+                    for guard in some:
+                        nursery.start_soon(ask, guard)
         self._unsettled = unsettled
 
     def go_on(self, session: Session) -> None:

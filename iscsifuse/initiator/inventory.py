@@ -66,6 +66,7 @@ class LunDescription:
         write_protected: the WP bit of MODE SENSE.
         dpofua: whether FUA is honoured.
         problem: one sentence why a disk can't be used, or None.
+        seen_in: the number of the session (`Nexus.reconnects`) in which the look at it began.
     """
 
     lun: int
@@ -80,6 +81,7 @@ class LunDescription:
     write_protected: bool = False
     dpofua: bool = False
     problem: str | None = field(default=None)
+    seen_in: int = 0
 
     @property
     def serial(self) -> str | None:
@@ -185,6 +187,7 @@ async def _report_luns(nexus: Nexus) -> tuple[luns.LunAddress, ...]:
 
 
 async def _examine(nexus: Nexus, address: luns.LunAddress, number: int) -> LunDescription | None:
+    seen_in = nexus.reconnects
     commander = _commander(nexus, address.raw, number)
     try:
         data = await commander.query(cdbs.inquiry(allocation_length=_INQUIRY_LENGTH), length=_INQUIRY_LENGTH)
@@ -194,7 +197,7 @@ async def _examine(nexus: Nexus, address: luns.LunAddress, number: int) -> LunDe
         return None
     if inquiry.peripheral_qualifier != 0:
         return None
-    base = LunDescription(lun=number, address=address.raw, inquiry=inquiry)
+    base = LunDescription(lun=number, address=address.raw, inquiry=inquiry, seen_in=seen_in)
     if not inquiry.is_disk:
         return base
     if len(data) < _SHORTEST_INQUIRY:

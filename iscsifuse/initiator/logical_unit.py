@@ -117,6 +117,8 @@ class LogicalUnit:
         self._commander = self._make_commander(self._queue)
         nexus.watch(self._address, self._note_trouble)
         nexus.add_guard(self._prove)
+        if nexus.reconnects != description.seen_in:
+            self._begin_proof(may_resize=False)  # the session in use began before there was a guard
 
     @property
     def write_burst(self) -> int:
@@ -335,13 +337,16 @@ class LogicalUnit:
             if self._is_another or self._unproven:
                 return  # it is held back anyway
             # Invariant: nothing is awaited between the look at _proof and here.
-            proof = self._proof = trio.Event()
-            self._proofs += 1
-            self._examining = True
-            why = SessionLostError(f"{self.label} is being examined")
-            self._nexus.bar(self.description.address, why, until=math.inf)
-            # Its own task: whoever began it may be cancelled, and others wait for its end.
-            self._nexus.prove_soon(partial(self._prove, may_resize=True), then=partial(self._end_proof, proof))
+            self._begin_proof(may_resize=True)
+
+    def _begin_proof(self, *, may_resize: bool) -> None:
+        """In its own task: whoever wants it may be cancelled, and others wait for its end."""
+        proof = self._proof = trio.Event()
+        self._proofs += 1
+        self._examining = True
+        why = SessionLostError(f"{self.label} is being examined")
+        self._nexus.bar(self.description.address, why, until=math.inf)
+        self._nexus.prove_soon(partial(self._prove, may_resize=may_resize), then=partial(self._end_proof, proof))
 
     def _end_proof(self, proof: trio.Event) -> None:
         if self._examining:

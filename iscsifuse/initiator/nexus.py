@@ -76,6 +76,7 @@ class Nexus:
         settings: deadlines and rights.
         statistics: of all its commands, across sessions.
         reconnects: how often the session was re-established.
+        replays: how many commands were sent again because their session was lost under them.
         state: see `NexusState`.
     """
 
@@ -93,6 +94,7 @@ class Nexus:
         self.statistics = statistics
         self.portal = login.portal
         self.reconnects = 0
+        self.replays = 0
         self.state = NexusState.LOGGED_IN
         self._isid = isid
         self._patience = settings.reconnect_timeout if settings.reconnect_timeout >= 0 else math.inf
@@ -205,6 +207,7 @@ class Nexus:
         """
         give_up_at = math.inf
         violations = 0
+        was_sent = False
         while True:
             session = self._session
             if self.state is not NexusState.LOGGED_IN:
@@ -222,7 +225,11 @@ class Nexus:
             try:
                 if first is not None:
                     (session, task), first = first, None
+                    was_sent = True
                     return session.settle(task)
+                if session.takes_commands:
+                    self.replays += was_sent
+                    was_sent = True
                 return await session.execute(cdb, lun=lun, buffer_in=buffer_in, buffer_out=buffer_out, exact=exact)
             except SessionLostError:
                 # Who was cancelled meanwhile, but couldn't be told while the target had the command, is told so.
@@ -277,6 +284,7 @@ class Nexus:
             "state": self.state.value,
             "since": self._since,
             "reconnects": self.reconnects,
+            "replays": self.replays,
             "last_error": self._revival.last_error,
             "isid": self._isid.hex(),
             "tsih": self._session.tsih,

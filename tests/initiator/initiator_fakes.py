@@ -149,6 +149,7 @@ class FakeNexus(FakeExecutor):
         super().__init__(answers)
         self.settings = settings or SessionSettings(initiator_name="iqn.x", read_only=False)
         self.target_name = "iqn.x:target"
+        self.reconnects = 0
         self.guards: list[Callable[[Any], Awaitable[bool]]] = []
         self.barred: dict[bytes, Exception] = {}
 

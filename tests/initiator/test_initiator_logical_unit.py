@@ -389,6 +389,31 @@ async def test_logical_unit_another_disk_gets_no_command(swap: Callable[[Loopbac
 
 
 @pytest.mark.conformance(100)
+@pytest.mark.expect_log(f"{RECOVERY}|another disk answers")
+@pytest.mark.parametrize("swapped", [False, True])
+async def test_logical_unit_a_disk_that_is_swapped_between_the_scan_and_its_use(swapped: bool) -> None:
+    """The session is lost when nobody guards a described disk yet → it is proved before its first command."""
+    disk = _disk()
+    async with (
+        serving(config_of(disk)) as target,
+        open_nexus(DEFAULT_TARGET_NAME, [portal_of(target)], settings_of()) as nexus,
+    ):
+        (description,) = await scan(nexus)
+        if swapped:
+            disk.serial = "ANOTHER"
+        target.drop_connections()
+        await until(lambda: nexus.reconnects == 1)
+        unit = LogicalUnit(nexus, description)
+        if swapped:
+            with pytest.raises(IdentityError):
+                await unit.write(memoryview(bytes(512)), lba=0)
+            assert target.engine().executed("WRITE(10)") == []
+        else:
+            await unit.write(memoryview(bytes(512)), lba=0)
+            assert disk.contents(blocks=1) == bytes(512)
+
+
+@pytest.mark.conformance(100)
 @pytest.mark.expect_log(f"{RECOVERY}")
 async def test_logical_unit_the_same_disk_goes_on() -> None:
     config = config_of(_disk(), login_attention=LoginAttention.STANDARD)

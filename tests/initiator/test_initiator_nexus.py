@@ -136,6 +136,7 @@ async def test_nexus_connections_die_under_reads_and_writes(rule: Rule) -> None:
         assert nexus.reconnects == target.logins - 1
         assert nexus.state is NexusState.LOGGED_IN
         assert nexus.report()["reconnects"] == nexus.reconnects
+        assert nexus.report()["replays"] == sum(row.lost for row in nexus.statistics.rows()) > 0
 
 
 async def test_nexus_a_command_that_always_kills_its_session_is_given_up() -> None:

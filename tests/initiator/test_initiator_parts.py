@@ -220,6 +220,22 @@ async def test_parts_guards_are_asked_again_once_their_session_is_in_use() -> No
 
 
 @jumping
+async def test_parts_a_guard_that_comes_while_others_look_is_asked_too() -> None:
+    session = cast("Session", SimpleNamespace(error=None))
+    guards = Guards()
+    late: list[float] = []
+
+    async def slow(_: Session) -> bool:
+        await trio.sleep(1)
+        guards.add(_guard(True, calls=late))
+        return True
+
+    guards.add(slow)
+    await guards.prove(session)
+    assert late == [1]
+
+
+@jumping
 async def test_parts_guards_are_left_alone_when_session_or_nexus_has_ended() -> None:
     told: list[str] = []
     for end in ("session", "nexus"):
