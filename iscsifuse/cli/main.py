@@ -10,13 +10,16 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from iscsifuse import __version__
 from iscsifuse.cli import demo, discover, info, ls, mount, status, umount
 from iscsifuse.cli.options import OPTIONS
 from iscsifuse.cli.words import note
 from iscsifuse.errors import IscsifuseError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = ["Parser", "hide_passwords_of", "main", "prepare_output", "redacted", "report", "run", "set_up_logging"]
 
@@ -53,11 +56,17 @@ iscsifuse URL MOUNTPOINT -o LIST is the same as iscsifuse mount, for mount(8).
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse; but a mistake is a UsageError, and an option has to be spelled out."""
+    """argparse; but a mistake is a UsageError, and output that can't be written is an OSError."""
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError: what argparse found wrong."""
         raise UsageError(f"{message}; {self.prog} --help tells more")
+
+    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
+        """As argparse's own, which hides an OSError; and where output isn't buffered, this is where it fails."""
+        stream = sys.stderr if file is None else file
+        if stream is not None:
+            stream.write(message)
 
 
 def main() -> None:

@@ -315,9 +315,17 @@ def test_help_is_quick() -> None:
     assert min(once() for _ in range(8)) < 0.3
 
 
-def test_broken_pipe_is_quiet() -> None:
+@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
+def buffering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what is printed can't be written, a buffer tells at its end, and without one the first word does."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", request.param)
+
+
+@pytest.mark.usefixtures("buffering")
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_broken_pipe_is_quiet(option: str) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", "from iscsifuse.cli.main import main; main()", "--help"],
+        [sys.executable, "-c", "from iscsifuse.cli.main import main; main()", option],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
@@ -329,10 +337,12 @@ def test_broken_pipe_is_quiet() -> None:
     assert process.returncode == 141
 
 
-def test_full_disk_is_told() -> None:
+@pytest.mark.usefixtures("buffering")
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_full_disk_is_told(option: str) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
-            [sys.executable, "-c", "from iscsifuse.cli.main import main; main()", "--help"],
+            [sys.executable, "-c", "from iscsifuse.cli.main import main; main()", option],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
