@@ -82,12 +82,15 @@ class FileContender(Contender):
     """One that makes files of disks."""
 
     @abstractmethod
-    def open(self, disks: Sequence[Disk], *, portal: str | None = None) -> AbstractContextManager[Opened]:
+    def open(
+        self, disks: Sequence[Disk], *, portal: str | None = None, read_only: bool = False
+    ) -> AbstractContextManager[Opened]:
         """The files of some disks of one target, fresh and with nothing cached, for a ``with`` block.
 
         Args:
             disks: all of the same target.
             portal: where to log in instead of at the server itself.
+            read_only: whether to have nobody write to them, as is the rule for evidence.
         """
 
     def url(self, disk: Disk, portal: str | None, *, lun: bool = True) -> str:

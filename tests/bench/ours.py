@@ -38,7 +38,8 @@ class Iscsifuse(FileContender):
         """Prepare; ``checkout`` is the folder of another version of the source, to compare with."""
         super().__init__(stage)
         self.name = name
-        self.how = "`iscsifuse mount --rw`, default options" + (" (another checkout)" if checkout else "")
+        checked_out = " (another checkout)" if checkout else ""
+        self.how = f"`iscsifuse mount --rw`, default options{checked_out}; evidence: without `--rw`"
         self.program: list[str] = [sys.executable, *_CLI]
         if checkout is not None:
             self.program = ["env", f"PYTHONPATH={checkout.resolve()}", *self.program]
@@ -54,11 +55,17 @@ class Iscsifuse(FileContender):
 
     @contextmanager
     def open(
-        self, disks: Sequence[Disk], *, portal: str | None = None, options: Sequence[str] = ()
+        self,
+        disks: Sequence[Disk],
+        *,
+        portal: str | None = None,
+        read_only: bool = False,
+        options: Sequence[str] = (),
     ) -> Iterator[Opened]:
         luns = [disk.lun for disk in disks]
         url = self.url(disks[0], portal, lun=False)
-        with self.mount(url, "--rw", "--lun", ",".join(map(str, luns)), *options) as (point, pid, seconds):
+        access = [] if read_only else ["--rw"]
+        with self.mount(url, *access, "--lun", ",".join(map(str, luns)), *options) as (point, pid, seconds):
             yield Opened([point / f"lun-{lun}" for lun in luns], [pid], seconds, self.prefix)
 
     @contextmanager

@@ -17,6 +17,8 @@ from support.process import sbin_path
 
 __all__ = ["Libiscsi", "Nbdfuse", "QemuStorageDaemon", "Tmpfs"]
 
+_ON = {True: "on", False: "off"}  # QEMU's words
+
 
 def _missing(*programs: str) -> str | None:
     return next((f"{name} isn't installed" for name in programs if not shutil.which(name, path=sbin_path())), None)
@@ -58,7 +60,8 @@ class QemuStorageDaemon(FileContender):
                 f"`{Path(self._program).name}",
                 *self._objects,
                 "--blockdev driver=iscsi,…",
-                f"--export type=fuse,writable=on,growable=off,allow-other=off{self._thread},…`",
+                f"--export type=fuse,writable=on,growable=off,allow-other=off{self._thread},…`;",
+                "evidence: `read-only=on`, `writable=off`",
             ]
         )
 
@@ -69,7 +72,7 @@ class QemuStorageDaemon(FileContender):
         return None if "type=]fuse" in offered or "fuse" in offered else "it was built without FUSE"
 
     @contextmanager
-    def open(self, disks: Sequence[Disk], *, portal: str | None = None) -> Iterator[Opened]:
+    def open(self, disks: Sequence[Disk], *, portal: str | None = None, read_only: bool = False) -> Iterator[Opened]:
         where = portal or self.stage.server.portal
         points = [self.stage.new_point("qsd") for _ in disks]
         log = self.stage.new_path("qsd-log")
@@ -77,8 +80,8 @@ class QemuStorageDaemon(FileContender):
         for number, (disk, point) in enumerate(zip(disks, points, strict=True)):
             point.touch()
             device = f"transport=tcp,portal={where},target={disk.target},lun={disk.lun}"
-            export = f"mountpoint={point},writable=on,growable=off,allow-other=off{self._thread}"
-            command += ["--blockdev", f"driver=iscsi,node-name=disk{number},{device}"]
+            export = f"mountpoint={point},writable={_ON[not read_only]},growable=off,allow-other=off{self._thread}"
+            command += ["--blockdev", f"driver=iscsi,node-name=disk{number},read-only={_ON[read_only]},{device}"]
             command += ["--export", f"type=fuse,id=export{number},node-name=disk{number},{export}"]
         with contextlib.ExitStack() as stack:
             for point in points:
@@ -98,28 +101,32 @@ class Nbdfuse(FileContender):
     """``nbdfuse`` over a Unix socket, to ``qemu-nbd``, which has libiscsi below: a pair for each disk."""
 
     name = "nbdfuse"
-    how = "`nbdfuse FILE nbd+unix:///?socket=…` to `qemu-nbd --persistent --shared=16 --format=raw iscsi://…`"
+    how = (
+        "`nbdfuse FILE nbd+unix:///?socket=…` to `qemu-nbd --persistent --shared=16 --format=raw iscsi://…`; "
+        "evidence: both with `-r`"
+    )
 
     def why_not(self) -> str | None:
         return _missing("nbdfuse", "qemu-nbd", "fusermount3")
 
     @contextmanager
-    def open(self, disks: Sequence[Disk], *, portal: str | None = None) -> Iterator[Opened]:
+    def open(self, disks: Sequence[Disk], *, portal: str | None = None, read_only: bool = False) -> Iterator[Opened]:
         began = time.perf_counter()
         with contextlib.ExitStack() as stack:
             points, pids = [], []
             for disk in disks:
-                point, own = stack.enter_context(self._pair(disk, portal))
+                point, own = stack.enter_context(self._pair(disk, portal, read_only))
                 points.append(point)
                 pids += own
             yield Opened(points, pids, time.perf_counter() - began)
 
     @contextmanager
-    def _pair(self, disk: Disk, portal: str | None) -> Iterator[tuple[Path, list[int]]]:
+    def _pair(self, disk: Disk, portal: str | None, read_only: bool) -> Iterator[tuple[Path, list[int]]]:
         point = self.stage.new_point("nbd")
         socket, log = self.stage.new_path("sock"), self.stage.new_path("nbd-log")
         point.touch()
-        serve: list[str | Path] = ["qemu-nbd", "--persistent", "--shared=16", "--format=raw", f"--socket={socket}"]
+        access = ["-r"] if read_only else []
+        serve = ["qemu-nbd", *access, "--persistent", "--shared=16", "--format=raw", f"--socket={socket}"]
         with contextlib.ExitStack() as stack:
             stack.callback(point.unlink)
             stack.callback(take_away, point)
@@ -134,7 +141,7 @@ class Nbdfuse(FileContender):
             if server.poll() is not None:
                 raise ContenderError(f"qemu-nbd ended: {log.read_text().strip()}")
             daemon = stack.enter_context(
-                shell.start(["nbdfuse", point, f"nbd+unix:///?socket={socket}"], stdout=said, stderr=said)
+                shell.start(["nbdfuse", *access, point, f"nbd+unix:///?socket={socket}"], stdout=said, stderr=said)
             )
             wait_for_file(point, disk.size, daemon, log)
             yield point, [server.pid, daemon.pid]
@@ -211,6 +218,12 @@ class Tmpfs(FileContender):
         return None
 
     @contextmanager
-    def open(self, disks: Sequence[Disk], *, portal: str | None = None) -> Iterator[Opened]:
+    def open(
+        self,
+        disks: Sequence[Disk],
+        *,
+        portal: str | None = None,
+        read_only: bool = False,  # noqa: ARG002 - nothing is mounted
+    ) -> Iterator[Opened]:
         assert portal is None
         yield Opened([disk.backing for disk in disks], [], 0.0)

@@ -108,7 +108,7 @@ class SleuthKit(Work):
         assert isinstance(contender, FileContender)
         listed, content = self.stage.new_path("fls"), self.stage.new_path("icat")
         try:
-            with contender.open([self.stage.evidence]) as opened:
+            with contender.open([self.stage.evidence], read_only=True) as opened:
                 opened.forget()
                 ran = shell.run(["fls", "-r", "-m", "/", opened.path], output=listed, timeout=self.patience)
                 icat = self._icat(opened.path, content)
@@ -136,7 +136,7 @@ class Convert(Work):
         disk = self.stage.data
         copy = self.stage.new_path("converted")
         try:
-            with contender.open([disk]) as opened:
+            with contender.open([disk], read_only=True) as opened:
                 opened.forget()
                 command: list[str | Path] = ["qemu-img", "convert", "-f", "raw", "-O", "raw", opened.path, copy]
                 seconds = shell.run(command, timeout=self.patience).seconds
@@ -163,7 +163,7 @@ class FsCheck(Work):
 
     def measure(self, contender: Contender) -> Mapping[str, float]:
         assert isinstance(contender, FileContender)
-        with contender.open([self.stage.evidence]) as opened:
+        with contender.open([self.stage.evidence], read_only=True) as opened:
             opened.forget()
             seconds, said = self._check(opened.path)
         _require_equal(said, self._expected, "what e2fsck said")
@@ -183,7 +183,7 @@ class Sha256(Work):
 
     def measure(self, contender: Contender) -> Mapping[str, float]:
         assert isinstance(contender, FileContender)
-        with contender.open([self.stage.data]) as opened:
+        with contender.open([self.stage.data], read_only=True) as opened:
             opened.forget()
             ran = shell.run(["sha256sum", opened.path], timeout=self.patience)
         _require_equal(ran.out.split()[0].encode(), self._expected.encode(), "sha256sum")

@@ -92,7 +92,7 @@ def _notes(results: Results) -> list[str]:
 _LEGEND = (
     "Median of the rounds, in brackets the lowest and the highest; (!): failed in a later round. "
     "“×2.00” is twice as good as the other one; of CPU time it is how many times as much is needed. "
-    "MB is a million bytes."
+    "MB is a million bytes. Evidence is what Sleuth Kit, qemu-img convert, e2fsck and sha256sum read."
 )
 
 

@@ -1,5 +1,6 @@
 """The benchmark does all its work, and leaves nothing behind. Nobody judges its figures here."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,13 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.catalogue import all_works
+from bench.contender import FileContender
+from bench.ours import Iscsifuse
+from bench.peers import Nbdfuse, QemuStorageDaemon
 from bench.stage import Sizes, Stage
 from support.disks import MIB
 
@@ -98,6 +102,24 @@ def test_only_some_work_and_some_contenders(memory: Path, tmp_path: Path) -> Non
     )
     assert list(report["works"]) == ["read-1m", "random-write-4"]
     assert {*report["contenders"], *report["skipped"]} == {"iscsifuse", "nbdfuse"}
+
+
+@pytest.mark.parametrize("kind", [Iscsifuse, QemuStorageDaemon, Nbdfuse])
+def test_what_is_opened_read_only_can_not_be_written(memory: Path, kind: Callable[[Stage], FileContender]) -> None:
+    def dd(*words: str) -> int:
+        return subprocess.run(
+            ["dd", *words, "bs=4k", "count=1"], capture_output=True, timeout=20, check=False
+        ).returncode
+
+    with Stage(Sizes.for_run(quick=True, size=16 * MIB), memory) as stage, contextlib.ExitStack() as stack:
+        contender = kind(stage)
+        stack.callback(contender.close)
+        if (reason := contender.why_not()) is not None:
+            pytest.skip(reason)
+        for read_only in (False, True):
+            with contender.open([stage.data], read_only=read_only) as opened:
+                assert dd(f"if={opened.path}", "of=/dev/null") == 0
+                assert bool(dd("if=/dev/zero", f"of={opened.path}", "conv=notrunc,fsync")) is read_only
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
