@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import coverage
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -41,6 +42,13 @@ _LEAVES_THINGS = ("fuse", "root", "tgt", "istgt", "capture")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take long, too")
+    parser.addoption(
+        "--traced",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="run the tests of this folder first, and have coverage look no further (may be given again)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,11 +60,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LogGuard(), "iscsifuse-log-guard")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--traced"):
+        items.sort(key=lambda item: not _is_traced(item))
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in _FIXTURE_NEEDS:
                 item.add_marker(_FIXTURE_NEEDS[fixture])
+
+
+def _is_traced(item: pytest.Item) -> bool:
+    folders: list[str] = item.config.getoption("--traced")
+    return any(item.path.is_relative_to(item.config.rootpath / folder) for folder in folders)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Tracing makes everything slower by a third, and only those who count branches need it."""
+    tracing = coverage.Coverage.current() if item.config.getoption("--traced") else None
+    if tracing is not None and not _is_traced(item):
+        tracing.stop()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

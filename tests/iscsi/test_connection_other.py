@@ -37,6 +37,16 @@ from iscsifuse.iscsi.response import (
 GONE = SessionLostError("the connection is gone")
 
 
+def test_a_connection_says_whether_a_pdu_is_there_in_part() -> None:
+    d = Driver()
+    ping = d.encoded(NopIn(ttt=1, data=b"abc"))
+    for count, byte in enumerate(ping, 1):
+        events = d.receive(bytes([byte]))
+        assert d.connection.amid is (count < len(ping))
+    assert events == []
+    assert len(d.sent()) == 1
+
+
 # --- NOP ---
 
 

@@ -126,6 +126,20 @@ def test_any_stream_in_any_pieces_is_what_the_naive_codec_makes_of_it(
 
 @pytest.mark.parametrize("header_digest", [False, True])
 @pytest.mark.parametrize("data_digest", [False, True])
+def test_from_its_first_byte_to_the_one_before_its_last_a_frame_is_there_in_part(
+    header_digest: bool, data_digest: bool
+) -> None:
+    target = receiver(Collector(), header_digest=header_digest, data_digest=data_digest)
+    assert not target.amid
+    for pdu in (DataIn(itt=1, data=b"abcdefg"), NopIn(itt=2), ScsiResponse(itt=3, ahs=bytes(8), data=b"xy")):
+        frame = pdu.encode(header_digest=header_digest, data_digest=data_digest)
+        for count, byte in enumerate(frame, 1):
+            assert scatter(target, bytes([byte])) == 1
+            assert target.amid is (count < len(frame))
+
+
+@pytest.mark.parametrize("header_digest", [False, True])
+@pytest.mark.parametrize("data_digest", [False, True])
 def test_every_cut_of_a_stream(header_digest: bool, data_digest: bool) -> None:
     wanted: list[Pdu] = [DataIn(itt=1, data=b"abcdefg"), NopIn(itt=2), ScsiResponse(itt=3, ahs=bytes(8), data=b"xy")]
     stream = b"".join(pdu.encode(header_digest=header_digest, data_digest=data_digest) for pdu in wanted)
