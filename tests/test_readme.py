@@ -20,6 +20,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -548,10 +549,11 @@ def test_sentences_that_can_be_provoked(
         (1, ("umount", point), "nothing is mounted on"),
         (1, ("umount", "/proc"), "<path> is a mount of type"),
     ]
-    for code, arguments, begin in cases:
-        done = run_cli(*arguments)
-        assert (done.returncode, done.stdout) == (code, ""), (arguments, done)
-        assert_is_listed(done.stderr, begin)
+    with ThreadPoolExecutor(4) as pool:
+        ended = pool.map(lambda case: run_cli(*case[1]), cases)
+        for (code, arguments, begin), done in zip(cases, ended, strict=True):
+            assert (done.returncode, done.stdout) == (code, ""), (arguments, done)
+            assert_is_listed(done.stderr, begin)
     assert not is_mounted(point)
 
     mounts: tuple[tuple[int, tuple[str | Path, ...], str | None], ...] = (

@@ -75,9 +75,17 @@ def bench(memory: Path, folder: Path, *arguments: str) -> dict[str, Any]:
     return report
 
 
-def test_does_every_kind_of_work_and_checks_every_byte(memory: Path, tmp_path: Path) -> None:
-    report = bench(memory, tmp_path, "--contenders", f"iscsifuse,iscsifuse-user,{OTHERS}")
-    works = all_works(Stage(Sizes.for_run(quick=True, size=None), MEMORY))
+# The same as others, with another number.
+ALIKE = {*(f"random-{verb}-{depth}" for verb in ("read", "write") for depth in (1, 16)), "far-25ms-write", "mount-16"}
+
+
+@pytest.mark.parametrize("left_out", [ALIKE, pytest.param(set(), marks=pytest.mark.slow)], ids=["kinds", "all"])
+def test_does_every_kind_of_work_and_checks_every_byte(memory: Path, tmp_path: Path, left_out: set[str]) -> None:
+    everything = all_works(Stage(Sizes.for_run(quick=True, size=None), MEMORY))
+    works = [work for work in everything if work.name not in left_out]
+    assert len(works) == len(everything) - len(left_out)
+    only = ("--only", ",".join(work.name for work in works)) if left_out else ()
+    report = bench(memory, tmp_path, *only, "--contenders", f"iscsifuse,iscsifuse-user,{OTHERS}")
     assert list(report["works"]) == [work.name for work in works]
     assert "iscsifuse" in report["contenders"]
     for work in works:
@@ -122,8 +130,15 @@ def test_what_is_opened_read_only_can_not_be_written(memory: Path, kind: Callabl
                 assert bool(dd("if=/dev/zero", f"of={opened.path}", "conv=notrunc,fsync")) is read_only
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["loop-ext4", "read-1m"])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("loop-ext4", signal.SIGINT),
+        ("read-1m", signal.SIGTERM),
+        pytest.param("loop-ext4", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("read-1m", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_clears_up_when_interrupted(memory: Path, tmp_path: Path, number: signal.Signals, moment: str) -> None:
     with start_bench(
         memory, tmp_path, "--only", moment, "--rounds", "100", "--contenders", "iscsifuse,qsd"

@@ -22,13 +22,22 @@ SHORT = [kind.name.replace(" ", "-") for kind in KINDS if "long" not in kind.nam
 @pytest.mark.tgt
 @pytest.mark.parametrize(
     ("seed", "minutes", "faults"),
-    [(1, 0.2, SHORT), pytest.param(2, 5, [*SHORT, "long-stop", "long-black-hole"], marks=pytest.mark.slow)],
+    [(1, 0.1, SHORT), pytest.param(2, 5, [*SHORT, "long-stop", "long-black-hole"], marks=pytest.mark.slow)],
     ids=["short", "long"],
 )
 def test_a_mount_under_chaos_loses_nothing(tmp_path: Path, seed: int, minutes: float, faults: list[str]) -> None:
     report = tmp_path / "report.json"
     command = [sys.executable, "-P", "-m", "chaos", "--short", "--minutes", str(minutes), "--seed", str(seed)]
-    command += ["--faults", ",".join(faults), "--keep", str(tmp_path / "chaos"), "--json", str(report)]
+    command += [
+        "--faults",
+        ",".join(faults),
+        "--at-least",
+        "3",
+        "--keep",
+        str(tmp_path / "chaos"),
+        "--json",
+        str(report),
+    ]
     done = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
@@ -41,7 +50,7 @@ def test_a_mount_under_chaos_loses_nothing(tmp_path: Path, seed: int, minutes: f
     said = json.loads(report.read_text())
     assert said["ok"]
     assert said["bytes_lost"] == 0
-    assert said["bytes_verified"] > 20 << 20
+    assert said["bytes_verified"] > 10 << 20
     assert sum(said["faults"].values()) >= 3
     assert said["reconnects"] >= 1
 

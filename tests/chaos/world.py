@@ -38,7 +38,7 @@ class Sizes:
     @classmethod
     def short(cls) -> "Sizes":
         """For seconds instead of minutes."""
-        return cls(raw=16 * MIB, fio=16 * MIB, ext4=32 * MIB, inside=4 * MIB, cache=8 * MIB)
+        return cls(raw=8 * MIB, fio=6 * MIB, ext4=32 * MIB, inside=3 * MIB, cache=8 * MIB)
 
 
 def run(*command: str | Path, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -134,7 +134,7 @@ def test_blocks_of_520_bytes(tmp_path: Path, write: str) -> None:
 @pytest.mark.parametrize("options", ["write=behind", "write=through", "direct_io"])
 def test_unaligned_writes_of_many_threads_on_4096_byte_blocks(tmp_path: Path, options: str) -> None:
     """Neighbours share blocks, and each one's bytes arrive. The disk takes 8 blocks at a time, no more."""
-    pieces, length = 1200, 1500  # in every block there are bytes of three or four pieces
+    pieces, length = 400, 1500  # in every block there are bytes of three or four pieces
     model = bytearray(content(pieces * length + 8192))
     of_its_own = content(pieces * length, seed=1)
     with serving(disk(bytes(model), block_length=4096, max_transfer_blocks=8), reorder=7) as target:

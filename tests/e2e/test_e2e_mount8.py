@@ -13,6 +13,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -144,11 +145,18 @@ def end(system: Namespace, point: Path, how: str, pid: int) -> None:
 
 
 kinds = pytest.mark.parametrize("kind", ["iscsifuse", "fuse.iscsifuse"])
-ends = pytest.mark.parametrize("how", ["umount(8)", "iscsifuse umount"])
+kinds_and_ends = pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("iscsifuse", "umount(8)"),
+        ("fuse.iscsifuse", "iscsifuse umount"),
+        pytest.param("iscsifuse", "iscsifuse umount", marks=pytest.mark.slow),
+        pytest.param("fuse.iscsifuse", "umount(8)", marks=pytest.mark.slow),
+    ],
+)
 
 
-@ends
-@kinds
+@kinds_and_ends
 def test_what_is_written_is_on_the_disk_after_umount(
     store: Store, system: Namespace, point: Path, kind: str, how: str
 ) -> None:
@@ -175,6 +183,7 @@ def test_what_is_written_is_on_the_disk_after_umount(
     assert store.server.connections() == []
 
 
+@cache
 def sha256_of_zeros(size: int) -> str:
     from hashlib import sha256 as digest
 
@@ -184,8 +193,7 @@ def sha256_of_zeros(size: int) -> str:
     return state.hexdigest()
 
 
-@ends
-@kinds
+@kinds_and_ends
 def test_a_line_in_fstab(store: Store, system: Namespace, point: Path, tmp_path: Path, kind: str, how: str) -> None:
     table = tmp_path / "fstab"
     table.write_text(f"# a comment\n{store.server.url(ONE)} {point} {kind} ro,lun=1,mode=440,{FSTAB_WORDS} 0 0\n")

@@ -18,11 +18,12 @@ JOBS = {
 }
 
 
-def fio(file: Path, *options: str) -> None:
+def fio(file: Path, *options: str, mib: int) -> None:
+    """Eight jobs, each of which writes and verifies so many MiB of its own."""
     done = subprocess.run(
         [
             *("fio", "--name=verify", "--filename=" + str(file).replace(":", "\\:"), "--rw=randrw", "--numjobs=8"),
-            *("--size=12m", "--offset_increment=32m", "--verify=crc32c", "--verify_fatal=1", "--end_fsync=1"),
+            *(f"--size={mib}m", "--offset_increment=32m", "--verify=crc32c", "--verify_fatal=1", "--end_fsync=1"),
             *("--randseed=20261121", "--group_reporting", "--minimal", *options),
         ],
         capture_output=True,
@@ -35,13 +36,14 @@ def fio(file: Path, *options: str) -> None:
 
 
 @pytest.mark.capture
+@pytest.mark.parametrize("mib", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_fio_verifies_and_the_dissector_counts_the_same(
-    store: Store, tmp_path: Path, start_capture: Callable[[int], Capture]
+    store: Store, tmp_path: Path, start_capture: Callable[[int], Capture], mib: int
 ) -> None:
     recording = start_capture(store.server.port)
     with Mounted(store.server.url(ONE), tmp_path / "m", "--rw") as mounted:
         for options in JOBS.values():
-            fio(mounted.lun(2), *options)
+            fio(mounted.lun(2), *options, mib=mib)
             assert subprocess.run(["cmp", mounted.lun(2), store.empty], check=False, timeout=60).returncode == 0
         commands = mounted.status_file()["commands"]
         recording.stop()
@@ -53,8 +55,9 @@ def test_fio_verifies_and_the_dissector_counts_the_same(
     assert {code: times[code] for code in (0x28, 0x2A, 0x35)} == {code: answered[code] for code in (0x28, 0x2A, 0x35)}
 
 
+@pytest.mark.parametrize("mib", [3, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [("-o", "write=through"), ("-o", "direct_io"), ("-o", "cache_size=2M")])
-def test_fio_verifies_with_other_caches(store: Store, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_fio_verifies_with_other_caches(store: Store, tmp_path: Path, options: tuple[str, ...], mib: int) -> None:
     with Mounted(store.server.url(ONE), tmp_path / "m", "--rw", *options) as mounted:
-        fio(mounted.lun(2), "--bsrange=512-256k", "--bs_unaligned", "--ioengine=psync")
+        fio(mounted.lun(2), "--bsrange=512-256k", "--bs_unaligned", "--ioengine=psync", mib=mib)
         assert subprocess.run(["cmp", mounted.lun(2), store.empty], check=False, timeout=60).returncode == 0

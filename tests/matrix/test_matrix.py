@@ -66,7 +66,7 @@ async def test_tgt(
 def istgt_servers(tmp_path: Path) -> Iterator[list[IstgtServer]]:
     """Several, since istgt thinks for a second before it answers the first request of a connection."""
     servers = []
-    for number in range(8):
+    for number in range(16):
         folder = tmp_path / f"istgt-{number}"
         folder.mkdir()
         servers.append(IstgtServer(folder))

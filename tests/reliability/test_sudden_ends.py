@@ -211,7 +211,7 @@ def test_who_wants_to_go_can_go_while_the_target_is_dead(tgt_server: TgtServer, 
     point = tmp_path / "m"
     point.mkdir()
     command = [program("iscsifuse"), "mount", "-f", tgt_server.url(ONE), str(point), "--rw"]
-    command += ["-o", "timeout=3,reconnect_timeout=3,login_timeout=1"]
+    command += ["-o", "timeout=1,reconnect_timeout=1,login_timeout=1"]
     daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     lun = point / "lun-1"
     try:

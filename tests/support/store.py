@@ -1,5 +1,6 @@
 """A tgtd as a person would set one up: two targets, small and huge disks, 512 and 4096 byte blocks."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ MIB = 1 << 20
 TIB = 1 << 40
 
 
-__all__ = ["MIB", "ONE", "TIB", "TWO", "Store", "store"]
+__all__ = ["MIB", "ONE", "TIB", "TWO", "Store", "random_image", "store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,17 @@ class Store:
     large_blocks: Path
 
 
+@pytest.fixture(scope="session")
+def random_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be copied: to make it takes longer."""
+    return random_file(tmp_path_factory.mktemp("store") / "random.img", 96 * MIB, seed=7)
+
+
 @pytest.fixture
-def store(tgt_server: TgtServer, tmp_path: Path) -> Store:
+def store(tgt_server: TgtServer, tmp_path: Path, random_image: Path) -> Store:
     made = Store(
         server=tgt_server,
-        random=random_file(tmp_path / "random.img", 96 * MIB, seed=7),
+        random=Path(shutil.copyfile(random_image, tmp_path / "random.img")),
         empty=sparse(tmp_path / "empty.img", 256 * MIB),
         huge=sparse(tmp_path / "huge.img", 3 * TIB),
         large_blocks=sparse(tmp_path / "4k.img", 64 * MIB),
