@@ -25,6 +25,7 @@ from pathlib import Path
 from iscsifuse.errors import MountError, UsageError
 from iscsifuse.mount.attach import BusyError, unmount
 from iscsifuse.mount.channel import Line
+from iscsifuse.mount.kernel import abort_connection
 from iscsifuse.mount.mountinfo import MountEntry, find_mount, is_dead
 from iscsifuse.mount.occupants import occupants
 from iscsifuse.mount.tree import HIDDEN_DIRECTORY, STATUS_FILE
@@ -38,6 +39,7 @@ _DEFAULT_STOP = 200.0
 _HURRY = 10.0
 _KILLED = 10.0
 _BURIED = 5.0
+_DYING = 1.0
 
 
 def status(mountpoint: str | os.PathLike[str]) -> dict[str, object]:
@@ -79,10 +81,14 @@ def umount(mountpoint: str | os.PathLike[str]) -> int:
     if line is None:
         return _without_daemon(entry)
     with line:
+        if _is_half_dead(line.pid):
+            return _abort(entry)
         try:
             document = line.next(timeout=_ANSWER_LIMIT) or {}
         except TimeoutError:
             document = {}  # Stuck, or too busy; what follows has deadlines of its own.
+            if _is_half_dead(line.pid):
+                return _abort(entry)
         with _process(line.pid) as process:
             _unmount(entry)
             limit = document.get("stop_timeout")
@@ -185,6 +191,15 @@ def _without_daemon(entry: MountEntry) -> int:
     return 0
 
 
+def _abort(entry: MountEntry) -> int:
+    """Unmount where the daemon is dead, and the kernel hasn't noticed."""
+    abort_connection(entry.connection, entry)
+    left = find_mount(entry.mountpoint)
+    if left is not None and left.device == entry.device:
+        unmount(entry.mountpoint, lazy=True)
+    return 0
+
+
 def _farewell(line: Line, deadline: float) -> list[str]:
     """What the daemon says in the end: sentences about what could not be written back."""
     try:
@@ -229,17 +244,24 @@ def _wait_until_gone(entry: MountEntry, pid: int, process: int | None, deadline:
     )
 
 
+def _is_half_dead(pid: int) -> bool:
+    """Whether a process was killed, and can't die: a thread of it waits in the kernel (see ``invalidation``)."""
+    with _process(pid) as process:
+        return process is not None and _is_zombie(pid) and not _ends(process, _DYING)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        # The field after the name, which is in parentheses and may hold anything.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False
+
+
 def _wait_until_buried(pid: int) -> None:
     """A dead process is seen until init has noticed; not by those who ask for it when this has returned."""
     deadline = time.monotonic() + _BURIED
-    place = Path(f"/proc/{pid}/stat")
-    while time.monotonic() < deadline:
-        try:
-            # The field after the name, which is in parentheses and may hold anything.
-            if place.read_text(errors="replace").rpartition(")")[2].split()[0] != "Z":
-                return
-        except (OSError, IndexError):
-            return
+    while time.monotonic() < deadline and _is_zombie(pid):
         time.sleep(0.005)
 
 

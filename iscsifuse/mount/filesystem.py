@@ -15,7 +15,7 @@ Rules:
 * An unmount by anybody (umount, fusermount3) ends ``pyfuse3.main``, which is the normal end.
 * Write-back comes before logout, and has a deadline. A second signal makes the deadline now.
 * Never a FUSE request of our own from the thread that serves them. Invalidations go through a worker thread: the
-  kernel lets them wait for pages that a pending read holds.
+  kernel lets them wait for pages that a pending read holds. What that means for the end: see ``invalidation``.
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.mount.assembly import Assembly
 from iscsifuse.mount.attach import attach, unmount
 from iscsifuse.mount.channel import Channel
-from iscsifuse.mount.kernel import keep_awake, prepare_process, tune_mount
+from iscsifuse.mount.invalidation import Invalidations
+from iscsifuse.mount.kernel import abort_connection, keep_awake, prepare_process, tune_mount
 from iscsifuse.mount.mountinfo import MountEntry, find_mount, is_dead
 from iscsifuse.mount.operations import DiskOperations
 from iscsifuse.mount.plan import MountPlan
@@ -59,6 +60,8 @@ _CONNECT_LIMIT = 30.0
 _POLITE_LIMIT = 10.0
 _STOP_LIMIT = 60.0
 """Seconds for the last write-back after a signal. systemd's patience is 90 s."""
+_RELEASE_LIMIT = 5.0
+"""Seconds for the kernel to leave off waiting in our name."""
 _ENDLESS = 600.0
 """Stands for a reconnect_timeout that has no end, once somebody wants to go."""
 _SLACK = 10.0
@@ -178,14 +181,11 @@ class _Mount:
         self._main = trio.CancelScope()
         self._ended = trio.Event()
         self._broken: Exception | None = None
-        # What the kernel has to forget: pages and attributes of an inode; with a name, that there is no such entry.
-        self._changed: set[tuple[int, bytes]] = set()
-        self._change = trio.Event()
-        self._invalidating = False
+        self._invalidations = Invalidations()
         self._device = ""
         for disk, inode in self._inodes.items():
             # The kernel has the pages of a write that failed afterwards, and would show them as the disk's.
-            disk.file.on_error(partial(self._forget, inode))
+            disk.file.on_error(partial(self._invalidations.forget, inode))
 
     async def run(self, ready: Callable[[bool], None]) -> int:
         plan = self._plan
@@ -200,7 +200,7 @@ class _Mount:
                     tune_mount(entry, read_ahead=0 if plan.direct_io else plan.read_ahead)
                     channel = Channel(entry.device, status=self._report.document, may_listen=self._may_listen)
                     nursery.start_soon(channel.serve)
-                    nursery.start_soon(self._invalidate)
+                    nursery.start_soon(self._invalidations.run)
                     self._assembly.on_change = self._note_change
                     self._assembly.on_new = self._note_new
                     for disk in self._assembly.disks:
@@ -247,7 +247,7 @@ class _Mount:
         log.warning("LUN %d of %s has changed; it has %d bytes now", disk.lun, disk.target, disk.file.size)
         inode = self._inodes.get(disk)
         if inode is not None:
-            self._forget(inode)
+            self._invalidations.forget(inode)
 
     def _note_new(self, disk: Disk) -> None:
         try:
@@ -256,35 +256,11 @@ class _Mount:
             log.warning("LUN %d of %s can't be shown: %s", disk.lun, disk.target, error)
             return
         self._inodes[disk] = node.inode
-        disk.file.on_error(partial(self._forget, node.inode))
+        disk.file.on_error(partial(self._invalidations.forget, node.inode))
         if disk.writable:
             self._keepers[disk] = disk.file.open()
-        self._forget(place.inode)
-        self._forget(place.inode, node.name.encode())
-
-    def _forget(self, inode: int, name: bytes = b"") -> None:
-        self._changed.add((inode, name))
-        self._change.set()
-
-    async def _invalidate(self) -> None:
-        """Have the kernel forget what isn't so any more: see ``_changed``."""
-        while True:
-            await self._change.wait()
-            self._change = trio.Event()
-            while self._changed:
-                number, name = self._changed.pop()
-                inode = pyfuse3.InodeT(number)
-                job = partial(pyfuse3.invalidate_inode, inode)
-                if name:
-                    job = partial(pyfuse3.invalidate_entry, inode, pyfuse3.FileNameT(name))
-                self._invalidating = True
-                try:
-                    # Abandoned rather than waited for: it may hang on a request that is never answered now.
-                    await trio.to_thread.run_sync(job, abandon_on_cancel=True)
-                except OSError as error:
-                    # ENOENT: the kernel doesn't know the file, so there is nothing to drop.
-                    log.debug("invalidate %s of inode %d: %s", name, inode, error)
-                self._invalidating = False
+        self._invalidations.forget(place.inode)
+        self._invalidations.forget(place.inode, node.name.encode())
 
     # -- ending -----------------------------------------------------------------------------------------------------
 
@@ -300,8 +276,26 @@ class _Mount:
         for error in errors:
             log.error("%s", error)
         self._main.cancel()
+        await self._ended.wait()
+        if self._invalidations.under_way:
+            await self._release()
         await channel.say_farewell(errors)
         return errors
+
+    async def _release(self) -> None:
+        """Nobody answers reads any more: let nobody wait for that, and for a page that such a read holds.
+
+        See ``invalidation``. Whoever may not abort the connection (neither root, nor fusectl's to use) serves it a
+        little longer: every read is an error.
+        """
+        if self._abort():
+            return
+        self._operations.refuse_reads()
+        with trio.move_on_after(_RELEASE_LIMIT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pyfuse3.main)
+                await self._invalidations.wait_done()
+                nursery.cancel_scope.cancel()
 
     async def _unmount_politely(self) -> None:
         """What umount(8) does: the kernel writes back what it has, and no more requests come. Or it is busy."""
@@ -357,19 +351,27 @@ class _Mount:
 
     def _detach(self) -> None:
         """Whatever is still mounted goes; whoever still waits for an answer gets an error."""
-        # Where a thread is inside libfuse, its session must not be destroyed; the process ends soon anyway.
-        if not self._invalidating:
+        if self._invalidations.under_way:
+            # A thread is inside libfuse, so its session must not be destroyed; the process ends soon anyway.
+            self._abort()
+        else:
             pyfuse3.close(unmount=True)
-        entry = find_mount(self._plan.mountpoint)
-        if entry is None or entry.device != self._device:
-            return
-        # libfuse takes a connection that was aborted (/sys/fs/fuse/connections) for an unmounted one. And it may be
-        # the next mount already, with a number that is free again: that one lives.
-        if self._invalidating or is_dead(entry.mountpoint):
+        entry = self._mount_entry()
+        # libfuse takes a connection that was aborted (/sys/fs/fuse/connections) for an unmounted one.
+        if entry is not None and (self._invalidations.under_way or is_dead(entry.mountpoint)):
             try:
                 unmount(entry.mountpoint, lazy=True)
             except (IscsifuseError, OSError) as error:
                 log.warning("%s", error)
+
+    def _abort(self) -> bool:
+        """Abort the connection, if we may; whether that was so."""
+        return bool(self._device) and abort_connection(int(self._device.partition(":")[2]), self._mount_entry())
+
+    def _mount_entry(self) -> MountEntry | None:
+        """Our mount, if it is still there. It may be the next one already: that one lives."""
+        entry = find_mount(self._plan.mountpoint)
+        return entry if entry is not None and entry.device == self._device else None
 
 
 async def _first_of(*events: trio.Event) -> None:

@@ -18,6 +18,7 @@ wait for itself, for ever): device numbers come from the mount table.
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import resource
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from iscsifuse.mount.mountinfo import MountEntry
 
-__all__ = ["keep_awake", "prepare_process", "tune_mount", "unmount_call"]
+__all__ = ["abort_connection", "keep_awake", "prepare_process", "tune_mount", "unmount_call"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ AWAKE_PERIOD = 0.5
 """Seconds that a lost request may stop the daemon."""
 
 _PR_SET_IO_FLUSHER = 57
+_MNT_FORCE = 1
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 
@@ -112,8 +114,34 @@ def unmount_call(mountpoint: str, *, lazy: bool) -> None:
     Raises:
         OSError: with its errno; EBUSY, EPERM, EINVAL (nothing is mounted there) ...
     """
-    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
-    if _libc().umount2(os.fsencode(mountpoint), flags) != 0:
+    _umount2(mountpoint, _MNT_DETACH if lazy else 0)
+
+
+def abort_connection(number: int, entry: MountEntry | None, *, sysfs: Path = Path("/sys")) -> bool:
+    """End a FUSE connection, also one whose daemon is dead: all who wait for an answer get an error.
+
+    Args:
+        number: of the connection.
+        entry: its mount, if there is one still; it may be unmounted by this, where it isn't busy.
+        sysfs: where sysfs is mounted.
+
+    Returns:
+        Whether it is aborted: by fusectl, whose file belongs to the user who mounted it, or by umount2(2) with
+        MNT_FORCE, which is root's.
+    """
+    if _set(sysfs / "fs/fuse/connections" / str(number) / "abort", 1):
+        return True
+    if entry is None:
+        return False
+    try:
+        _umount2(entry.mountpoint, _MNT_FORCE)
+    except OSError as error:
+        return error.errno == errno.EBUSY  # aborted, and mounted still
+    return True
+
+
+def _umount2(mountpoint: str, flags: int) -> None:
+    if _libc().umount2(os.fsencode(mountpoint), _UMOUNT_NOFOLLOW | flags) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), mountpoint)
 

@@ -117,6 +117,13 @@ class _OpenStatus:
         return at >= len(self._data)
 
 
+class _Refusing(dict[int, "_OpenDisk | _OpenStatus"]):
+    """What is open, where nothing is to be read any more."""
+
+    def __missing__(self, fh: int) -> NoReturn:
+        raise FUSEError(errno.EIO)
+
+
 class DiskOperations(pyfuse3.Operations):
     """The file system.
 
@@ -276,6 +283,14 @@ class DiskOperations(pyfuse3.Operations):
             return data
         except (Exception, BaseExceptionGroup) as error:
             raise fuse_error("read", error) from None
+        except trio.Cancelled:
+            # The mount is ending. Unanswered, the read would hold its page, and who waits for that, a little longer.
+            raise FUSEError(errno.EIO) from None
+
+    def refuse_reads(self) -> None:
+        """From now on every open and every read is an error."""
+        self.closing = True
+        self._readable = _Refusing()
 
     @translated
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:

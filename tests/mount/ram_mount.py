@@ -23,7 +23,7 @@ from iscsifuse.errors import CommandTimeoutError, IscsifuseError, NothingFoundEr
 from iscsifuse.initiator.settings import Portal, SessionSettings
 from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.iscsi.tasks import Task
-from iscsifuse.mount import assembly, daemon
+from iscsifuse.mount import assembly, daemon, filesystem
 from iscsifuse.mount.assembly import Assembly
 from iscsifuse.mount.plan import MountPlan
 from iscsifuse.mount.tree import Disk
@@ -103,6 +103,7 @@ def plan_of(options: dict[str, object]) -> MountPlan:
         "delay",
         "partial",
         "break_loop",
+        "may_abort",
     ):
         fields.pop(name, None)
     fields["mountpoint"] = Path(str(fields["mountpoint"]))
@@ -189,6 +190,8 @@ def main() -> int:
                 raise OSError(5, "as commanded")
 
         pyfuse3.main = break_down
+    if options.get("may_abort") is False:
+        vars(filesystem)["abort_connection"] = lambda *_: False
     assembly.assemble = assemble
     try:
         return daemon.mount(plan_of(options))

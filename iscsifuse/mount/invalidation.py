@@ -1,0 +1,68 @@
+"""Having the kernel forget: pages and attributes of a disk that has changed, names that are there now.
+
+An invalidation is a system call of a worker thread, for it waits for every page that a read holds, until the daemon
+has answered that read. At the end of a mount this is a trap: reads aren't answered any more, nothing can kill a
+thread that waits so, and as long as it is there the kernel takes the daemon to be alive. All who wait for an answer,
+and the thread, would wait for ever, even for a daemon that was killed. So an end that finds one under way ends the
+connection first, or answers reads until it is over (see ``filesystem``).
+"""
+
+import logging
+from functools import partial
+
+import pyfuse3
+import trio
+
+__all__ = ["Invalidations"]
+
+log = logging.getLogger(__name__)
+
+
+class Invalidations:
+    """What the kernel has to forget, of one mount.
+
+    Invariant: ``under_way`` is true from before a thread enters the kernel until after it has left it.
+
+    Attributes:
+        under_way: whether a thread may wait in the kernel.
+    """
+
+    def __init__(self) -> None:
+        self.under_way = False
+        # Pages and attributes of an inode; with a name, that there is no such entry.
+        self._wanted: set[tuple[int, bytes]] = set()
+        self._news = trio.Event()
+        self._done = trio.Event()  # replaced when one begins
+
+    def forget(self, inode: int, name: bytes = b"") -> None:
+        """Have the kernel forget an inode's pages and attributes, or an entry of a directory, soon."""
+        self._wanted.add((inode, name))
+        self._news.set()
+
+    async def run(self) -> None:
+        """Carry out what is wanted.
+
+        Cancellation: at once; the thread is left alone, and ``under_way`` stays true.
+        """
+        while True:
+            await self._news.wait()
+            self._news = trio.Event()
+            while self._wanted:
+                number, name = self._wanted.pop()
+                inode = pyfuse3.InodeT(number)
+                job = partial(pyfuse3.invalidate_inode, inode)
+                if name:
+                    job = partial(pyfuse3.invalidate_entry, inode, pyfuse3.FileNameT(name))
+                self.under_way = True
+                self._done = trio.Event()
+                try:
+                    await trio.to_thread.run_sync(job, abandon_on_cancel=True)
+                except OSError as error:
+                    # ENOENT: the kernel doesn't know the file, so there is nothing to drop.
+                    log.debug("invalidate %s of inode %d: %s", name, inode, error)
+                self.under_way = False
+                self._done.set()
+
+    async def wait_done(self) -> None:
+        """Wait until the one that is under way has ended."""
+        await self._done.wait()

@@ -1,0 +1,102 @@
+"""The kernel waits in the daemon's name: an invalidation that waits for a page, which waits for the daemon's answer.
+
+A thread that does so can't be killed, and keeps the connection. Whoever ends the daemon then must end that, too, or
+every program that waits for the mount waits for ever.
+"""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from ram_kit import Ram, wait_for
+
+from iscsifuse.mount.client import umount
+from iscsifuse.mount.mountinfo import MountEntry, find_mount
+
+pytestmark = [pytest.mark.fuse, pytest.mark.root]
+
+READER = "import os, sys; os.pread(os.open(sys.argv[1], os.O_RDONLY), 4096, 1 << 20)"
+
+
+@contextmanager
+def fusectl(folder: Path) -> Iterator[Path]:
+    """Not everybody has it mounted under /sys."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "fusectl", "none", folder], check=True, timeout=20)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True, timeout=20)
+
+
+def waits_for(pid: int, *functions: str) -> Callable[[], bool]:
+    """Whether a thread of a process waits in the kernel, in a function with such a name."""
+    if Path("/proc/self/wchan").read_text() == "" or not Path(f"/proc/{pid}/wchan").exists():
+        pytest.skip("this kernel doesn't tell where a process waits")
+
+    def look() -> bool:
+        places = [(task / "wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+        return any(function in place for function in functions for place in places)
+
+    return look
+
+
+class Stuck:
+    """A mount whose daemon waits for the kernel, which waits for a reader's page, which waits for the daemon."""
+
+    def __init__(self, ram: Ram, **options: object) -> None:
+        ram.start_in_front(read_write=True, read_ahead=0, **options)
+        entry = find_mount(ram.point)
+        assert entry is not None
+        self.ram = ram
+        self.entry: MountEntry = entry
+        ram.order("stall-0")
+        self.reader = subprocess.Popen([sys.executable, "-c", READER, str(ram.lun)], stderr=subprocess.PIPE)
+        wait_for(waits_for(self.reader.pid, "request_wait_answer", "folio"))
+        ram.order("grow-0", "40000")
+        assert ram.process is not None
+        self.daemon = ram.process
+        wait_for(waits_for(self.daemon.pid, "folio"))
+
+    def assert_reader_is_told(self) -> None:
+        _, said = self.reader.communicate(timeout=20)
+        assert self.reader.returncode == 1
+        assert b"Error: [Errno" in said
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Ram]:
+    made = Ram(tmp_path)
+    try:
+        yield made
+    finally:
+        entry = find_mount(made.point)
+        if entry is not None:
+            with fusectl(tmp_path / "rescue") as control:
+                (control / str(entry.connection) / "abort").write_text("1")
+        made.clean_up()
+
+
+@pytest.mark.parametrize("may_abort", [True, False])
+def test_a_daemon_that_ends_takes_what_waits_for_it_along(ram: Ram, may_abort: bool) -> None:
+    """With and without the right to abort the connection."""
+    stuck = Stuck(ram, may_abort=may_abort)
+    stuck.daemon.send_signal(signal.SIGTERM)
+    stuck.daemon.wait(timeout=20)
+    stuck.assert_reader_is_told()
+    assert not ram.is_mounted()
+
+
+def test_umount_clears_up_after_a_daemon_that_was_killed_then(ram: Ram) -> None:
+    """SIGKILL while the kernel waits in its name: nothing ends by itself, but 'iscsifuse umount' ends it."""
+    stuck = Stuck(ram)
+    stuck.daemon.kill()
+    wait_for(lambda: "Z (zombie)" in Path(f"/proc/{stuck.daemon.pid}/status").read_text())
+    assert umount(ram.point) == 0
+    stuck.assert_reader_is_told()
+    stuck.daemon.wait(timeout=20)
+    assert not ram.is_mounted()
