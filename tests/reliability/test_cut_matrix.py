@@ -172,20 +172,28 @@ def one_of_each_kind(sent: Iterable[Sent]) -> list[Sent]:
     return list(found.values())
 
 
-def chosen(request: pytest.FixtureRequest, everywhere: list[Place], always: list[Place], samples: int) -> list[Place]:
-    """All of them with ``--slow``; else some that are always taken, and a seeded sample."""
-    if request.config.getoption("--slow"):
-        return everywhere
+PARTS = 16
+in_parts = pytest.mark.parametrize(
+    "part", [None, *(pytest.param(number, marks=pytest.mark.slow) for number in range(PARTS))]
+)
+"""The quick run has no number; with ``--slow`` all places are tried, in so many parts."""
+
+
+def chosen(part: int | None, everywhere: list[Place], always: list[Place], samples: int) -> list[Place]:
+    """The places of a part; or some that are always taken, and a seeded sample."""
+    if part is not None:
+        return everywhere[part::PARTS]
     others = [place for place in everywhere if place not in set(always)]
     return always + random.Random(20261121).sample(others, min(samples, len(others)))
 
 
 @pytest.mark.conformance(97)
-def test_a_connection_that_ends_at_any_byte(request: pytest.FixtureRequest) -> None:
+@in_parts
+def test_a_connection_that_ends_at_any_byte(part: int | None) -> None:
     sent = trace()
     assert sent == trace()  # or else a place would mean nothing
     headers = [place for place in every_byte(one_of_each_kind(sent.values())) if place.after in HEADER]
-    where = chosen(request, every_byte(sent.values()), headers, samples=60)
+    where = chosen(part, every_byte(sent.values()), headers, samples=60)
     logins = {key for key, one in sent.items() if _is_login(one)}
     for number, place in enumerate(where):
         recorder = Recorder((place, Cut(place.after, reset=number % 2 == 0)))
@@ -214,12 +222,13 @@ def recovery_of(sent: Sequence[Sent]) -> list[Sent]:
 
 
 @pytest.mark.conformance(97)
-def test_a_recovery_that_is_interrupted_at_any_byte(request: pytest.FixtureRequest) -> None:
+@in_parts
+def test_a_recovery_that_is_interrupted_at_any_byte(part: int | None) -> None:
     first = (FIRST_LOSS, Cut(FIRST_LOSS.after))
     recovery = recovery_of(list(trace(first).values()))
     assert recovery == recovery_of(list(trace(first).values()))
     assert {Opcode.LOGIN_REQUEST, Opcode.TASK_MANAGEMENT_REQUEST} <= {one.opcode for one in recovery}
-    where = chosen(request, every_byte(recovery), [], samples=90)
+    where = chosen(part, every_byte(recovery), [], samples=90)
     for number, place in enumerate(where):
         recorder = Recorder(first, (place, Cut(place.after, reset=number % 2 == 0)))
         assert trio.run(play, recorder) in (1, 2)  # 2 where the new session was in use already
@@ -227,14 +236,13 @@ def test_a_recovery_that_is_interrupted_at_any_byte(request: pytest.FixtureReque
 
 
 @pytest.mark.conformance(97)
-def test_a_connection_that_falls_silent_at_some_bytes(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@in_parts
+def test_a_connection_that_falls_silent_at_some_bytes(part: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing comes any more, and nothing is taken: only pings tell."""
     monkeypatch.setattr(liveness, "PING_AFTER", 0.1)
     monkeypatch.setattr(liveness, "PING_LIMIT", 0.1)
     sent = [one for one in trace().values() if not (_is_login(one) or _is_logout(one))]
-    where = chosen(request, every_byte(sent)[::97], [], samples=8)
+    where = chosen(part, every_byte(sent)[::97], [], samples=8)
     for place in where:
         recorder = Recorder((place, Stall(place.after)))
         assert trio.run(partial(play, recorder, login_timeout=0.5)) >= 1
