@@ -1,6 +1,7 @@
 """The daemon dies under load; the disk is swapped; the user wants to go while the target is dead: through a mount."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -218,9 +220,10 @@ def test_who_wants_to_go_can_go_while_the_target_is_dead(tgt_server: TgtServer, 
         wait_until(lambda: is_mounted(point), timeout=20, what="the mount")
         file = os.open(lun, os.O_RDWR)
         with paused(tgt_server):
-            os.pwrite(file, bytes(4096), 0)
             reader = start("import os, sys; os.pread(os.open(sys.argv[1], os.O_RDONLY), 4096, 8 << 20)", lun)
-            time.sleep(0.2)
+            wait_until(lambda: in_flight(status_of(point)) > 0, timeout=20, what="the reader to wait")
+            # Not earlier: children close what they inherit, and that would wait for what was written.
+            os.pwrite(file, bytes(4096), 0)
             if how == "umount":
                 reader.communicate(timeout=60)
                 with pytest.raises(OSError, match="Input/output"):
@@ -245,8 +248,13 @@ def test_who_wants_to_go_can_go_while_the_target_is_dead(tgt_server: TgtServer, 
         daemon.stderr.close()
 
 
-def in_flight(mounted: Mounted) -> int:
-    return int(mounted.status_file()["sessions"][0]["in_flight"])
+def status_of(point: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((point / ".iscsifuse" / "status.json").read_text())
+    return document
+
+
+def in_flight(status: dict[str, Any]) -> int:
+    return int(status["sessions"][0]["in_flight"])
 
 
 def test_what_is_cached_is_read_while_the_target_is_dead(tgt_server: TgtServer, tmp_path: Path) -> None:
@@ -265,10 +273,10 @@ def test_what_is_cached_is_read_while_the_target_is_dead(tgt_server: TgtServer, 
                 hung = start(
                     "import os, sys; os.pread(os.open(sys.argv[1], os.O_RDONLY), 4096, 6 << 20)", mounted.lun(1)
                 )
-                wait_until(lambda: in_flight(mounted) > 0, timeout=5, what="the other reader to wait")
+                wait_until(lambda: in_flight(mounted.status_file()) > 0, timeout=5, what="the other reader to wait")
                 began = time.monotonic()
                 assert os.pread(file.fileno(), 4 * MIB, 0) == content
-                assert in_flight(mounted) > 0  # still
+                assert in_flight(mounted.status_file()) > 0  # still
                 assert time.monotonic() - began < 3
             hung.communicate(timeout=20)
 
