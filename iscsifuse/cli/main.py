@@ -231,7 +231,15 @@ def hide_passwords_of(arguments: Sequence[str]) -> None:
 
 
 def prepare_output() -> None:
-    """A terminal that has no µ is no reason to fail."""
+    """A terminal that has no µ is no reason to fail; nor is a standard stream that is closed, unless it is needed."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Or else the next file has this number, a connection to a target for instance, and gets what is printed.
+            # Standard output can't be written to, so that output that goes nowhere is an error still.
+            os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

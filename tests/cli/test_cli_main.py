@@ -353,6 +353,23 @@ def test_full_disk_is_told(option: str) -> None:
     assert done.stderr == "iscsifuse: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code", "said"),
+    [
+        ("--version", ">&-", 2, "iscsifuse: Bad file descriptor\n"),
+        ("--version", "2>&- <&-", 0, ""),
+        ("bogus", "2>&-", 1, ""),
+        ("bogus", "<&- >&- 2>&-", 1, ""),
+    ],
+)
+def test_standard_streams_that_are_closed(arguments: str, closed: str, code: int, said: str) -> None:
+    program = f"'{sys.executable}' -c 'from iscsifuse.cli.main import main; main()' {arguments}"
+    done = subprocess.run(
+        ["sh", "-c", f"exec {program} {closed}"], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 def test_terminal_without_our_letters() -> None:
     code = "from iscsifuse.cli import main, words; main.prepare_output(); words.say('µ'); words.note('…')"
     done = subprocess.run(

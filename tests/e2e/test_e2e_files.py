@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.cli import Mounted, run_cli
+from support.cli import Mounted, program, run_cli
 from support.disks import random_file, sha256
 from support.store import MIB, ONE, TIB, TWO, Store
 
@@ -46,6 +46,23 @@ def test_a_portal_becomes_a_tree_of_disks(store: Store, tmp_path: Path) -> None:
         assert os.listdir(mounted.point) == [ONE, TWO]  # noqa: PTH208 - the order that the directory has
         with pytest.raises(OSError, match="Read-only"):
             mounted.lun(1, target=ONE).open("r+b")
+
+
+def test_a_mount_by_somebody_without_standard_streams(store: Store, tmp_path: Path) -> None:
+    """Nothing that is opened meanwhile may get their numbers: what is printed there would reach a target."""
+    point = tmp_path / "m"
+    point.mkdir()
+    mount = [program("iscsifuse"), "mount", store.server.url(ONE), str(point)]
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *mount]
+    done = subprocess.run(command, timeout=60, check=False)
+    try:
+        assert done.returncode == 0
+        assert sha256(point / "lun-1") == sha256(store.random)
+        pid = json.loads(run_cli("status", point, "--json").stdout)["pid"]
+        assert {str(Path(f"/proc/{pid}/fd/{number}").readlink()) for number in range(3)} == {"/dev/null"}
+    finally:
+        ended = run_cli("umount", point)
+    assert ended.returncode == 0
 
 
 @pytest.mark.parametrize("options", [(), ("-o", "direct_io"), ("-o", "cache_size=1M"), ("-o", "read_ahead=0")])
