@@ -193,7 +193,12 @@ def _without_daemon(entry: MountEntry) -> int:
 
 def _abort(entry: MountEntry) -> int:
     """Unmount where the daemon is dead, and the kernel hasn't noticed."""
-    abort_connection(entry.connection, entry)
+    if not abort_connection(entry.connection, entry):
+        # A lazy unmount would do, too; but then nobody could find any more what waits there.
+        raise MountError(
+            f"the daemon of {entry.mountpoint} is dead, but the kernel waits for it; "
+            f"as root, 'umount -f {entry.mountpoint}' ends that"
+        )
     left = find_mount(entry.mountpoint)
     if left is not None and left.device == entry.device:
         unmount(entry.mountpoint, lazy=True)

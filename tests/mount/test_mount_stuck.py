@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from ram_kit import Ram, wait_for
 
+from iscsifuse.errors import MountError
 from iscsifuse.mount.client import umount
 from iscsifuse.mount.mountinfo import MountEntry, find_mount
 
@@ -91,11 +92,18 @@ def test_a_daemon_that_ends_takes_what_waits_for_it_along(ram: Ram, may_abort: b
     assert not ram.is_mounted()
 
 
-def test_umount_clears_up_after_a_daemon_that_was_killed_then(ram: Ram) -> None:
-    """SIGKILL while the kernel waits in its name: nothing ends by itself, but 'iscsifuse umount' ends it."""
+def test_umount_clears_up_after_a_daemon_that_was_killed_then(ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL while the kernel waits in its name: nothing ends by itself, but 'iscsifuse umount' ends it.
+
+    Where it may not, it changes nothing and says who may."""
     stuck = Stuck(ram)
     stuck.daemon.kill()
     wait_for(lambda: "Z (zombie)" in Path(f"/proc/{stuck.daemon.pid}/status").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("iscsifuse.mount.client.abort_connection", lambda *_: False)
+        with pytest.raises(MountError, match="umount -f"):
+            umount(ram.point)
+    assert ram.is_mounted()
     assert umount(ram.point) == 0
     stuck.assert_reader_is_told()
     stuck.daemon.wait(timeout=20)
