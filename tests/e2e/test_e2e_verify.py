@@ -3,11 +3,13 @@
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.capture import Capture
 from support.cli import Mounted
+from support.ports import wait_until
 from support.store import ONE, Store
 
 pytestmark = [pytest.mark.fuse, pytest.mark.tgt]
@@ -35,6 +37,18 @@ def fio(file: Path, *options: str, mib: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def settled(mounted: Mounted) -> dict[str, Any]:
+    """The status, once nothing is read ahead any more: such a command is on the line, but not counted yet."""
+    found: list[dict[str, Any]] = []
+
+    def look() -> bool:
+        found.append(mounted.status_file())
+        return all(session["in_flight"] == session["queued"] == 0 for session in found[-1]["sessions"])
+
+    wait_until(look, timeout=20, what="the commands under way")
+    return found[-1]
+
+
 @pytest.mark.capture
 @pytest.mark.parametrize("mib", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_fio_verifies_and_the_dissector_counts_the_same(
@@ -45,7 +59,7 @@ def test_fio_verifies_and_the_dissector_counts_the_same(
         for options in JOBS.values():
             fio(mounted.lun(2), *options, mib=mib)
             assert subprocess.run(["cmp", mounted.lun(2), store.empty], check=False, timeout=60).returncode == 0
-        commands = mounted.status_file()["commands"]
+        commands = settled(mounted)["commands"]
         recording.stop()
     assert recording.malformed() == []
     assert recording.command_counts() == {row["opcode"]: row["calls"] for row in commands}
