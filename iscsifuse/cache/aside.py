@@ -15,6 +15,7 @@ from iscsifuse.cache.device import BlockDevice
 from iscsifuse.cache.extent import runs, span
 from iscsifuse.cache.file import Buffer
 from iscsifuse.cache.filling import Filler
+from iscsifuse.fibres import own_task
 
 __all__ = ["LONGEST_STRAY", "AsideReader"]
 
@@ -70,6 +71,7 @@ class AsideReader:
         """A read for which there is no other way; large ones are limited in number, since they take memory."""
         if stop - offset <= _SMALL:
             return await self.read(offset, stop)
+        await own_task()
         # The LUN's own turn first: a disk that hangs can hold a few of the common ones, and never all of them.
         async with self._turns, self._pool.aside:
             return await self.read(offset, stop)

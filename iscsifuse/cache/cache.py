@@ -33,6 +33,7 @@ from iscsifuse.cache.spans import SpanReader
 from iscsifuse.cache.through import WriteThrough
 from iscsifuse.cache.writeback import WriteBack
 from iscsifuse.errors import ParameterDataError, WriteBackError
+from iscsifuse.fibres import own_task
 
 __all__ = ["BlockCache"]
 
@@ -288,6 +289,7 @@ class BlockCache(BlockFile):
                     await self._write_piece(offset + position, piece)
                 position += end - start
             else:
+                await own_task()
                 position += await self._through.write(offset + position, pieces[position:])
         return length
 
@@ -324,6 +326,7 @@ class BlockCache(BlockFile):
 
     async def _write_piece(self, offset: int, data: Buffer) -> None:
         """Write bytes of one extent, waiting for whatever is in the way; one thing at a time, then look again."""
+        await own_task()
         index, start = divmod(offset, self._extent_length)
         end = start + len(data)
         blocks = self._geometry.blocks_of(start, end)

@@ -9,6 +9,8 @@ slices of the cache's own arena instead of copies:
 A device retries on its own and has a deadline for everything, so that whoever waits for a device call waits for a
 bounded time. It may be called by any number of tasks at once; calls for overlapping blocks may be executed in any
 order, which is why the cache never has a write in flight together with another transfer of the same block.
+
+Fibres call it, too: so ``read_into`` and ``write`` keep the rule of `iscsifuse.fibres`.
 """
 
 import errno as _errno

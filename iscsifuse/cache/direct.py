@@ -15,6 +15,7 @@ from iscsifuse.cache.file import BlockFile, Buffer
 from iscsifuse.cache.rangelock import RangeLock, Ticket
 from iscsifuse.cache.settings import CacheStats
 from iscsifuse.errors import WriteBackError
+from iscsifuse.fibres import own_task
 
 __all__ = ["DirectFile"]
 
@@ -129,6 +130,7 @@ class DirectFile(BlockFile):
                 # No await between the request and this registration: the release that grants it finds it.
                 event = self._waiting[ticket] = trio.Event()
                 try:
+                    await own_task()
                     await event.wait()
                 finally:
                     del self._waiting[ticket]

@@ -9,6 +9,7 @@ from iscsifuse.cache.aside import AsideReader
 from iscsifuse.cache.extent import Extent
 from iscsifuse.cache.file import Buffer
 from iscsifuse.cache.filling import Filler
+from iscsifuse.fibres import own_task
 
 __all__ = ["SpanReader"]
 
@@ -70,6 +71,8 @@ class SpanReader:
                         if not waited:
                             self.hits += 1
                         return self._join(pinned, offset, stop)
+                    if await own_task():
+                        continue
                     if not waited:
                         waited = True
                         self.misses += 1

@@ -43,6 +43,7 @@ from iscsifuse.errors import (
     TransferError,
     WriteBackError,
 )
+from iscsifuse.fibres import own_task
 from iscsifuse.initiator.commander import Commander, Executor
 from iscsifuse.initiator.depth import QueueDepth
 from iscsifuse.initiator.groups import plain_errors
@@ -162,8 +163,10 @@ class LogicalUnit:
                     return
                 queue.note(task)
                 queue.left()
+            await own_task()
             await self._carry_on(cdb, started, lba=lba, buffer_in=buffer)
             return
+        await own_task()
         step = self._max_blocks
         with plain_errors():
             async with trio.open_nursery() as nursery:
@@ -201,8 +204,10 @@ class LogicalUnit:
                     return
                 queue.note(task)
                 queue.left()
+            await own_task()
             await self._carry_on(cdb, started, lba=lba, buffer_out=buffer)
             return
+        await own_task()
         step = self._max_blocks
         with plain_errors():
             async with trio.open_nursery() as nursery:

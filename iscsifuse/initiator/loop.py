@@ -1,4 +1,4 @@
-"""What all sessions of an event loop share: sending once for many, and waiting for a moment without going to sleep.
+"""What all sessions of an event loop share: sending once for many, waiting without going to sleep, waking fibres.
 
 **Sending.** A send of 48 bytes costs several microseconds of kernel time, most of which is the way through TCP and
 the waking of the other side; many commands in one send cost little more than one. trio tells instruments when it is
@@ -9,15 +9,21 @@ and be woken. So its task may look at its socket again and again for a few micro
 go of the processor, as QEMU's ``poll-max-ns`` has it. Three things keep that harmless: it ends as soon as any other
 descriptor that belongs to us has something to say; nobody does it while more than one command is under way; and how
 long it may last (`Glance`) follows from how long the last waits were, down to not at all.
+
+**Fibres** (`iscsifuse.fibres`) that were woken are called by whoever woke them, when he is done with what he is at
+(`Loop.run_ready`). Whoever forgets it, or can't, leaves them to the loop, which calls them before it waits for I/O.
 """
 
 import contextlib
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 
 import trio
+
+from iscsifuse.fibres import Fibre, here
 
 __all__ = ["Glance", "Loop"]
 
@@ -57,10 +63,12 @@ class Loop(trio.abc.Instrument):
 
     Attributes:
         under_way: commands that were sent and aren't done, of all sessions.
+        ready: fibres that were woken and haven't gone on yet.
     """
 
     def __init__(self) -> None:
         self.under_way = 0
+        self.ready: deque[Fibre] = deque()
         self._due: list[Callable[[], None]] = []
         self._token = trio.lowlevel.current_trio_token()
         self._poll = select.poll()
@@ -96,6 +104,17 @@ class Loop(trio.abc.Instrument):
             due, self._due = self._due, []
             for function in due:
                 function()
+        if self.ready:
+            self.wake_soon(self.run_ready)
+
+    # -- fibres ----------------------------------------------------------------------------------------------------
+
+    def run_ready(self) -> None:
+        """Let those fibres go on that were woken; not within one of them, which would have to wait for the others."""
+        if here.fibre is None:
+            ready = self.ready
+            while ready:
+                ready.popleft().go_on()
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 

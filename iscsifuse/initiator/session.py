@@ -25,6 +25,7 @@ from typing import cast
 import trio
 
 from iscsifuse.errors import IscsifuseError, ReadOnlyError, SessionLostError
+from iscsifuse.fibres import Fibre, here, sleep
 from iscsifuse.initiator.backlog import check_backlog
 from iscsifuse.initiator.clearing import ABORT_LIMIT, Clearing
 from iscsifuse.initiator.deadlines import Deadlines
@@ -194,8 +195,13 @@ class Session:
                 return
             began = time.monotonic_ns()
         # Invariant: nothing is awaited between the look at ``done`` and the sleep: the reader can't finish it unseen.
-        task.waiter = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(_not_now)
+        fibre = here.fibre
+        if fibre is not None:
+            task.waiter = fibre
+            await sleep()
+        else:
+            task.waiter = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(_not_now)
         if alone:
             self._glance.learn(time.monotonic_ns() - began)
 
@@ -363,6 +369,8 @@ class Session:
             self._notices.take(event, now)
         if not self.takes_commands:
             self._farewell.look()
+        if self._loop.ready:
+            self._loop.run_ready()
 
     def _send(self) -> None:
         """Give the transport what the connection has put out."""
@@ -391,8 +399,10 @@ class Session:
                 self.on_trouble(task)
         self._loop.under_way -= 1
         waiter, task.waiter = task.waiter, None
-        if waiter is not None:
-            trio.lowlevel.reschedule(cast("trio.lowlevel.Task", waiter))
+        if isinstance(waiter, trio.lowlevel.Task):
+            trio.lowlevel.reschedule(waiter)
+        elif waiter is not None:
+            cast("Fibre", waiter).wake()
 
 
 def _not_now(_: object) -> trio.lowlevel.Abort:

@@ -37,6 +37,7 @@ from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.mount.assembly import Assembly
 from iscsifuse.mount.attach import attach, unmount
 from iscsifuse.mount.channel import Channel
+from iscsifuse.mount.crew import workers_are_fibres
 from iscsifuse.mount.invalidation import Invalidations
 from iscsifuse.mount.kernel import abort_connection, keep_awake, prepare_process, tune_mount
 from iscsifuse.mount.mountinfo import MountEntry, find_mount, is_dead
@@ -44,7 +45,6 @@ from iscsifuse.mount.operations import DiskOperations
 from iscsifuse.mount.plan import MountPlan
 from iscsifuse.mount.report import StatusReport
 from iscsifuse.mount.tree import Disk, Permissions, Tree
-from iscsifuse.mount.turns import taking_turns
 
 __all__ = ["EXIT_FAILURE", "EXIT_INTERRUPTED", "EXIT_SOME", "Assemble", "build_tree", "serve"]
 
@@ -220,8 +220,8 @@ class _Mount:
 
     async def _serve_requests(self) -> None:
         try:
-            with self._main, taking_turns():
-                await pyfuse3.main(min_tasks=WORKERS, max_tasks=WORKERS)
+            with self._main:
+                await _serve_kernel()
         except Exception as error:
             self._broken = error
             log.critical("the mount broke down", exc_info=error)
@@ -293,7 +293,7 @@ class _Mount:
         self._operations.refuse_reads()
         with trio.move_on_after(_RELEASE_LIMIT):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(pyfuse3.main)
+                nursery.start_soon(_serve_kernel)
                 await self._invalidations.wait_done()
                 nursery.cancel_scope.cancel()
 
@@ -372,6 +372,11 @@ class _Mount:
         """Our mount, if it is still there. It may be the next one already: that one lives."""
         entry = find_mount(self._plan.mountpoint)
         return entry if entry is not None and entry.device == self._device else None
+
+
+async def _serve_kernel() -> None:
+    with workers_are_fibres():
+        await pyfuse3.main(min_tasks=WORKERS, max_tasks=WORKERS)
 
 
 async def _first_of(*events: trio.Event) -> None:

@@ -45,6 +45,7 @@ from pyfuse3 import (
 )
 
 from iscsifuse.cache import BlockFile, Buffer, Handle
+from iscsifuse.fibres import own_task
 from iscsifuse.mount.translate import fuse_error, never_enosys, translated
 from iscsifuse.mount.tree import Disk, Node, NodeKind, Tree
 
@@ -316,6 +317,7 @@ class DiskOperations(pyfuse3.Operations):
     async def _flush(self, fh: FileHandleT) -> None:
         opened = self._disks.get(fh)
         if opened is not None and opened.writable:
+            await own_task()
             await opened.file.drain(opened.handle)
 
     @never_enosys
@@ -323,6 +325,7 @@ class DiskOperations(pyfuse3.Operations):
         """Everything that was written is on stable storage, or this is an error."""
         opened = self._disks.get(fh)
         if opened is not None and not self._read_only:
+            await own_task()
             covered = opened.writes.count
             await opened.file.sync(opened.handle)
             opened.writes.synced = max(opened.writes.synced, covered)

@@ -3,10 +3,12 @@
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import pytest
 import trio
 
+from iscsifuse.fibres import here
 from iscsifuse.initiator.loop import Glance, Loop
 
 MICROSECOND = 1000
@@ -109,3 +111,47 @@ def test_nobody_looks_where_there_is_one_processor(monkeypatch: pytest.MonkeyPat
     glance = Glance(100 * MICROSECOND)
     glance.learn(10 * MICROSECOND)
     assert glance.limit == 0
+
+
+class _Fibre:
+    """Notes when it is called; may do something then."""
+
+    def __init__(self, loop: Loop, do: Callable[[], None] = lambda: None) -> None:
+        self.loop = loop
+        self.do = do
+        self.calls = 0
+
+    def wake(self) -> None:
+        self.loop.ready.append(self)
+
+    def go_on(self) -> None:
+        here.fibre = self
+        self.calls += 1
+        self.do()
+        here.fibre = None
+
+
+async def test_fibres_that_were_woken_go_on_in_order_and_one_after_the_other() -> None:
+    loop = Loop.current()
+    second = _Fibre(loop)
+    seen: list[int] = []
+
+    def wake_the_second() -> None:
+        second.wake()
+        loop.run_ready()
+        seen.append(second.calls)
+
+    first = _Fibre(loop, wake_the_second)
+    first.wake()
+    assert first.calls == 0
+    loop.run_ready()
+    assert (first.calls, second.calls, seen) == (1, 1, [0])
+
+
+async def test_a_fibre_that_nobody_calls_is_called_before_the_loop_sleeps() -> None:
+    called = trio.Event()
+    fibre = _Fibre(Loop.current(), called.set)
+    fibre.wake()
+    with trio.fail_after(5):
+        await called.wait()
+    assert fibre.calls == 1

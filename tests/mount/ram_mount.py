@@ -20,6 +20,7 @@ import trio
 
 from iscsifuse.cache import BufferPool, CacheSettings, block_file
 from iscsifuse.errors import CommandTimeoutError, IscsifuseError, NothingFoundError, WriteBackError
+from iscsifuse.fibres import own_task
 from iscsifuse.initiator.settings import Portal, SessionSettings
 from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.iscsi.tasks import Task
@@ -64,6 +65,7 @@ class RamDisk:
             file.write(what + "\n")
 
     async def read_into(self, buffer: memoryview, *, lba: int) -> None:
+        await own_task()
         await trio.lowlevel.checkpoint()
         await self._obey()
         start = lba * self.block_length
@@ -74,6 +76,7 @@ class RamDisk:
         self.statistics.count(task, 0.001)
 
     async def write(self, buffer: memoryview, *, lba: int, fua: bool = False) -> None:  # noqa: ARG002
+        await own_task()
         await trio.lowlevel.checkpoint()
         await self._obey()
         start = lba * self.block_length

@@ -1,0 +1,80 @@
+"""Fibres: coroutines that wait for a command without a task of their own.
+
+To wake a trio task costs some microseconds and a round of the event loop; a small read needed that twice, which was a
+fifth of all that it cost. A *fibre* is a coroutine that is called again by whoever sees the end of what it waits for:
+the price of a call. pyfuse3's workers are such fibres (`iscsifuse.mount.crew`); what they call serves tasks, too
+(write-back, read-ahead, login), and needn't know which of the two runs it, but for one rule.
+
+**The rule.** trio knows tasks only: a cancel scope that a fibre opened would be that of whichever task happens to
+call it. So a fibre awaits `sleep`, or something that keeps this rule itself, and nothing else of trio's before it has
+awaited `own_task`. From then on, until its request is answered, it runs in a task of its own and does what it likes.
+Time may have passed when `own_task` returns: whoever has looked at something before has to look again.
+
+In a task ``here.fibre`` is None, and `own_task` does nothing.
+"""
+
+import threading
+from collections.abc import Generator
+from typing import Protocol
+
+__all__ = ["OWN_TASK", "SLEEP", "Fibre", "here", "own_task", "sleep"]
+
+SLEEP = "sleep"
+OWN_TASK = "own task"
+"""What a fibre yields to whoever runs it."""
+
+
+class Fibre(Protocol):
+    """As those see it who make it wait, and who run it."""
+
+    def wake(self) -> None:
+        """What it sleeps for is there. A plain call, at any place: it doesn't run within it."""
+        ...
+
+    def go_on(self) -> None:
+        """Run it until it waits again. Raises nothing; not to be called while another one runs."""
+        ...
+
+
+class _Here(threading.local):
+    """This thread.
+
+    Attributes:
+        fibre: the one that runs, and has no task of its own.
+    """
+
+    fibre: Fibre | None = None
+
+
+here = _Here()
+
+
+class _Trap:
+    __slots__ = ("_word",)
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def __await__(self) -> Generator[str, None, None]:
+        yield self._word
+
+
+_SLEEP = _Trap(SLEEP)
+_OWN_TASK = _Trap(OWN_TASK)
+
+
+async def sleep() -> None:
+    """For a fibre (see ``here``): stop until its `Fibre.wake` is called. Can't be cancelled."""
+    await _SLEEP
+
+
+async def own_task() -> bool:
+    """Go on in a task of one's own.
+
+    Returns:
+        Whether that was necessary: time may have passed, then.
+    """
+    if here.fibre is None:
+        return False
+    await _OWN_TASK
+    return True

@@ -1,0 +1,352 @@
+"""pyfuse3's workers, run as fibres: the event loop's part of the hot path.
+
+pyfuse3 has many workers that do the same: wait until ``/dev/fuse`` is readable, read one request, carry it out. As
+tasks of trio's each request would cost two wake-ups and the handing over of a lock. So pyfuse3 is given stand-ins for
+what it takes from trio (it takes ``trio`` from its module's name space, which is how it works on asyncio, too), and
+its workers become fibres (`iscsifuse.fibres`) of one `Crew`::
+
+    NEW ──> IDLE ──(a request is there)──> RUNNING ──(answered)──> IDLE
+                                            │  ^
+                          waits for a command│  │woken, by the session's reader
+                                            v  │
+                                          SLEEPING
+                                            │
+      RUNNING ──(awaits `own_task`)──> IN A TASK ──(answered)──> IDLE
+
+*One* task serves: it waits for the descriptor, hands each request to the latest idler (what that one touches is still
+in the processor's cache), and runs whoever was woken meanwhile. It asks poll(2) first: in a busy mount the next
+request is there already. Every few requests it makes a checkpoint nevertheless, so that a stream of hits can't starve
+the others. Where requests come one by one, and nothing else is going on, it looks for the next one for a moment
+before it goes to sleep (`Loop.glance`).
+
+Invariants:
+
+* A request is read by who was handed it, with no checkpoint since poll(2) has seen it.
+* A worker is in exactly one of these states; ``idle`` holds those who are IDLE, and ``asleep`` counts the SLEEPING.
+* A worker that failed ends the crew. When `pyfuse3.main` ends, however it does, no worker waits for anything: as
+  nothing may be cancelled that uses memory, it waits for those who sleep, which a command's deadline bounds.
+"""
+
+import select
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import pyfuse3
+import trio
+
+from iscsifuse.fibres import OWN_TASK, SLEEP, here
+from iscsifuse.initiator.loop import Glance, Loop
+
+__all__ = ["Crew", "workers_are_fibres"]
+
+_IN_A_ROW = 32
+"""Requests that may be taken without letting other tasks run."""
+_LONGEST_GLANCE = 200_000
+"""Nanoseconds to look for the next request before going to sleep."""
+_IDLE = "idle"
+
+
+class _Idle:
+    """Awaited by a worker that wants a request."""
+
+    def __await__(self) -> Generator[str, None, None]:
+        yield _IDLE
+
+
+class Worker:
+    """One of pyfuse3's; a `Fibre`."""
+
+    __slots__ = ("_asleep", "_coroutine", "_crew")
+
+    def __init__(self, crew: "Crew", coroutine: Coroutine[Any, Any, object]) -> None:
+        self._crew = crew
+        self._coroutine = coroutine
+        self._asleep = False
+
+    def wake(self) -> None:
+        """See ``Fibre``."""
+        self._crew.loop.ready.append(self)
+
+    def go_on(self) -> None:
+        """See ``Fibre``."""
+        crew = self._crew
+        if self._asleep:
+            self._asleep = False
+            crew.asleep -= 1
+        here.fibre = self
+        try:
+            trap = self._coroutine.send(None)
+        except StopIteration:
+            crew.left()
+            return
+        except BaseException as error:
+            crew.failed(error)
+            return
+        finally:
+            here.fibre = None
+        if trap is _IDLE:
+            crew.rest(self)
+        elif trap is SLEEP:
+            self._asleep = True
+            crew.asleep += 1
+        elif trap is OWN_TASK:
+            crew.needs_a_task(self._in_a_task)
+        else:
+            crew.failed(RuntimeError(f"a fibre awaited {trap!r} without a task of its own"))
+
+    def dismiss(self) -> None:
+        """There are no more requests for it, which is idle."""
+        try:
+            self._coroutine.throw(trio.ClosedResourceError())
+        except StopIteration:
+            self._crew.left()
+        except BaseException as error:
+            self._crew.failed(error)
+
+    async def _in_a_task(self) -> None:
+        await _Carried(self._crew, self, self._coroutine)
+
+
+class _Carried:
+    """Awaited by a task that carries a worker until it is idle again."""
+
+    __slots__ = ("_coroutine", "_crew", "_worker")
+
+    def __init__(self, crew: "Crew", worker: Worker, coroutine: Coroutine[Any, Any, object]) -> None:
+        self._crew = crew
+        self._worker = worker
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        value: Any = None
+        error: BaseException | None = None
+        while True:
+            try:
+                trap = self._coroutine.send(value) if error is None else self._coroutine.throw(error)
+            except StopIteration:
+                self._crew.left()
+                return
+            except Exception as failure:
+                self._crew.failed(failure)
+                return
+            if trap is _IDLE:
+                self._crew.rest(self._worker)
+                return
+            value = error = None
+            try:
+                value = yield trap
+            except BaseException as news:
+                error = news
+
+
+class Crew:
+    """All workers of one `pyfuse3.main`, which takes this for a nursery.
+
+    Attributes:
+        loop: of the running event loop.
+        idle: workers that wait for a request.
+        asleep: how many wait for a command.
+        nursery: for those who need a task.
+    """
+
+    def __init__(self) -> None:
+        self.loop = Loop.current()
+        self.idle: list[Worker] = []
+        self.asleep = 0
+        self.nursery: trio.Nursery
+        self._new: list[Worker] = []
+        self._count = 0
+        self._over = False  # pyfuse3 has seen the end, or somebody else has
+        self._error: BaseException | None = None
+        self._waiting: trio.lowlevel.Task | None = None  # the server, while it waits for a worker
+        self._fd = -1
+        self._poll = select.poll()
+        self._glance = Glance(_LONGEST_GLANCE)
+
+    # -- what pyfuse3 calls ----------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> "Crew":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            async with trio.open_nursery() as self.nursery:
+                try:
+                    await self._serve()
+                finally:
+                    # Nobody may be left asleep: what wakes him later would find no crew.
+                    with trio.CancelScope(shield=True):
+                        while self.asleep:
+                            await self._wait_for_workers()
+        finally:
+            if self._fd >= 0:
+                self.loop.unwatch(self._fd)
+            self._over = True
+            while self.idle:
+                self.idle.pop().dismiss()
+        if self._error is not None:
+            raise self._error
+
+    def start_soon(
+        self,
+        function: Callable[..., Coroutine[Any, Any, object]],
+        *arguments: object,
+        name: object = None,  # noqa: ARG002 - trio's signature
+    ) -> None:
+        """One more worker."""
+        self._count += 1
+        self._new.append(Worker(self, function(*arguments)))
+
+    def wait_readable(self, fd: int) -> Awaitable[None]:
+        """Wait for a request: called by a worker, who is idle then.
+
+        Raises:
+            trio.ClosedResourceError: there are no more.
+        """
+        if self._over:
+            raise trio.ClosedResourceError
+        if fd != self._fd:
+            self._fd = fd
+            self._poll.register(fd, select.POLLIN)
+            self.loop.watch(fd)
+        return _Idle()
+
+    # -- what becomes of workers -----------------------------------------------------------------------------------
+
+    def rest(self, worker: Worker) -> None:
+        """A worker is idle."""
+        self.idle.append(worker)
+        self._tell_server()
+
+    def needs_a_task(self, carry: Callable[[], Awaitable[None]]) -> None:
+        """A worker can't go on as a fibre."""
+        self.nursery.start_soon(carry)
+        self._tell_server()
+
+    def left(self) -> None:
+        """A worker has ended, which it does only when there are no more requests for anybody."""
+        self._count -= 1
+        self._over = True
+        self._tell_server()
+
+    def failed(self, error: BaseException) -> None:
+        """A worker broke down."""
+        self._count -= 1
+        self._over = True
+        if self._error is None:
+            self._error = error
+        self.nursery.cancel_scope.cancel()
+        self._tell_server()
+
+    def _tell_server(self) -> None:
+        if self._waiting is not None:
+            trio.lowlevel.reschedule(self._waiting)
+            self._waiting = None
+
+    # -- the task that serves --------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        """Hand out requests until there are no more, and every worker has ended."""
+        row = 0
+        poll = self._poll.poll
+        idle = self.idle
+        loop = self.loop
+        while self._count:
+            while self._new:
+                self._new.pop().go_on()
+            if self._over:
+                while idle:
+                    idle.pop().dismiss()
+            if not idle:
+                if self._count:
+                    await self._wait_for_workers()
+                continue
+            if not poll(0):
+                row = 0
+                try:
+                    await self._wait_for_requests()
+                except trio.ClosedResourceError:
+                    self._over = True
+                    continue
+            idle.pop().go_on()
+            if loop.ready:
+                loop.run_ready()
+            row += 1
+            if row >= _IN_A_ROW:
+                row = 0
+                await trio.lowlevel.checkpoint()
+
+    async def _wait_for_requests(self) -> None:
+        began = time.monotonic_ns()
+        if not self.loop.under_way:
+            limit = self._glance.limit
+            if limit and self.loop.glance(self._fd, limit):
+                return
+        await trio.lowlevel.wait_readable(self._fd)
+        self._glance.learn(time.monotonic_ns() - began)
+
+    async def _wait_for_workers(self) -> None:
+        """Wait until something becomes of a worker."""
+        self._waiting = trio.lowlevel.current_task()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._waiting = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+class _NoLock:
+    """Workers needn't keep each other away: each reads when it was handed a request."""
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class _LowLevel:
+    """What pyfuse3 takes from ``trio.lowlevel``."""
+
+    current_task = staticmethod(trio.lowlevel.current_task)
+    current_trio_token = staticmethod(trio.lowlevel.current_trio_token)
+    notify_closing = staticmethod(trio.lowlevel.notify_closing)
+
+    def __init__(self, crew: Crew) -> None:
+        self.wait_readable = crew.wait_readable
+
+
+class _Trio:
+    """What pyfuse3 takes from ``trio``."""
+
+    ClosedResourceError = trio.ClosedResourceError
+    Lock = _NoLock
+
+    def __init__(self) -> None:
+        self._crew = Crew()
+        self.lowlevel = _LowLevel(self._crew)
+
+    def open_nursery(self) -> Crew:
+        return self._crew
+
+
+@contextmanager
+def workers_are_fibres() -> Iterator[None]:
+    """Let one ``pyfuse3.main`` work with our stand-ins; they are taken back at the end.
+
+    Its ``min_tasks`` and ``max_tasks`` have to be the same number: a worker that ends means that all do.
+    """
+    before = pyfuse3.__dict__["trio"]
+    pyfuse3.__dict__["trio"] = _Trio()
+    try:
+        yield
+    finally:
+        pyfuse3.__dict__["trio"] = before
