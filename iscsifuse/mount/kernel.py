@@ -6,8 +6,9 @@ wait for itself, for ever): device numbers come from the mount table.
 * **Read-ahead.** A FUSE mount reads ahead 128 KiB; ``read_ahead_kb`` of its backing device information is root's to
   raise. A little more makes fewer requests of a stream. Much more doesn't pay: how far to read ahead is the cache's
   business, which sees the whole stream and measures the line, and the kernel would blow up random reads with it.
-* **Requests in the background** (read-ahead, direct I/O): 12 at a time by default; ``max_background``, root's too,
-  and only where fusectl is mounted.
+* **Requests in the background** (read-ahead, direct I/O): 12 at a time by default, and from 9 on the kernel forgets
+  what programs want to be read ahead (``posix_fadvise``, which ``e2fsck`` does a thousand times). Both are numbers in
+  fusectl, which isn't mounted everywhere; root then mounts it for a moment where nobody sees it.
 * **A lost request.** pyfuse3 waits until /dev/fuse is readable, then reads it with a blocking read. If the program
   whose request it was is killed in between, the kernel takes the request back, and the read blocks: the whole trio
   thread, with all its sessions, until the next request comes. A timer whose signal interrupts the read bounds
@@ -36,12 +37,16 @@ log = logging.getLogger(__name__)
 KERNEL_READ_AHEAD = 512 << 10
 """Bytes."""
 MAX_BACKGROUND = 256
-CONGESTION_THRESHOLD = 192
+CONGESTION_THRESHOLD = 2 * MAX_BACKGROUND
+"""Never reached: who wants to be read ahead waits for the maximum, and nothing is forgotten."""
 OOM_SCORE_ADJ = -900
 AWAKE_PERIOD = 0.5
 """Seconds that a lost request may stop the daemon."""
 
 _PR_SET_IO_FLUSHER = 57
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_FSCONFIG_CMD_CREATE = 6
+_MOUNT_ATTR_NOTHING_SPECIAL = 2 | 4 | 8  # NOSUID, NODEV, NOEXEC
 _MNT_FORCE = 1
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
@@ -67,10 +72,9 @@ def tune_mount(entry: MountEntry, *, read_ahead: int, sysfs: Path = Path("/sys")
     """
     kilobytes = min(read_ahead, KERNEL_READ_AHEAD) // 1024
     _set(sysfs / "class/bdi" / entry.device / "read_ahead_kb", kilobytes)
-    connection = sysfs / "fs/fuse/connections" / str(entry.connection)
-    # The threshold may not be above the maximum.
-    _set(connection / "max_background", MAX_BACKGROUND)
-    _set(connection / "congestion_threshold", CONGESTION_THRESHOLD)
+    with _control(entry.connection, sysfs) as connection:
+        _set(connection / "max_background", MAX_BACKGROUND)
+        _set(connection / "congestion_threshold", CONGESTION_THRESHOLD)
 
 
 def prepare_process(proc: Path = Path("/proc/self")) -> None:
@@ -129,8 +133,9 @@ def abort_connection(number: int, entry: MountEntry | None, *, sysfs: Path = Pat
         Whether it is aborted: by fusectl, whose file belongs to the user who mounted it, or by umount2(2) with
         MNT_FORCE, which is root's.
     """
-    if _set(sysfs / "fs/fuse/connections" / str(number) / "abort", 1):
-        return True
+    with _control(number, sysfs) as connection:
+        if _set(connection / "abort", 1):
+            return True
     if entry is None:
         return False
     try:
@@ -138,6 +143,39 @@ def abort_connection(number: int, entry: MountEntry | None, *, sysfs: Path = Pat
     except OSError as error:
         return error.errno == errno.EBUSY  # aborted, and mounted still
     return True
+
+
+@contextmanager
+def _control(number: int, sysfs: Path) -> Iterator[Path]:
+    """The folder of a FUSE connection in fusectl, if we may have it."""
+    mounted = sysfs / "fs/fuse/connections" / str(number)
+    unseen = None if mounted.exists() else _mount_unseen(b"fusectl")
+    if unseen is None:
+        yield mounted
+        return
+    try:
+        yield Path(f"/proc/self/fd/{unseen}") / str(number)
+    finally:
+        os.close(unseen)
+
+
+def _mount_unseen(fs_type: bytes) -> int | None:
+    """Mount a file system nowhere; it is gone when the descriptor is closed. None: not ours to do.
+
+    Source: fsopen(2), fsconfig(2), fsmount(2); glibc 2.36, Linux 5.2.
+    """
+    libc = _libc()
+    if not hasattr(libc, "fsmount"):
+        return None
+    context = libc.fsopen(fs_type, _FSOPEN_CLOEXEC)
+    if context < 0:
+        return None
+    try:
+        made = libc.fsconfig(context, _FSCONFIG_CMD_CREATE, None, None, 0) == 0
+        mount = libc.fsmount(context, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_NOTHING_SPECIAL) if made else -1
+    finally:
+        os.close(context)
+    return mount if mount >= 0 else None
 
 
 def _umount2(mountpoint: str, flags: int) -> None:

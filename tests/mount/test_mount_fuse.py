@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ram_kit import Ram, read_at, wait_for, write_at
 from iscsifuse.errors import MountError, UsageError
 from iscsifuse.mount.attach import BusyError
 from iscsifuse.mount.client import status, umount
+from iscsifuse.mount.kernel import MAX_BACKGROUND
 from iscsifuse.mount.mountinfo import find_mount
 from iscsifuse.mount.sparing import BURST
 
@@ -432,19 +434,33 @@ def test_a_terminal_is_not_flooded_unless_that_is_wanted(ram: Ram, verbosity: in
     assert lines >= times if verbosity else BURST <= lines < times
 
 
+@contextmanager
+def control(ram: Ram, folder: Path) -> Iterator[Path]:
+    """The control files of the mount's connection; not everybody has them mounted under /sys."""
+    entry = find_mount(ram.point)
+    assert entry is not None
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "fusectl", "none", folder], check=True, timeout=20)
+    try:
+        yield folder / str(entry.connection)
+    finally:
+        subprocess.run(["umount", folder], check=True, timeout=20)
+
+
+@pytest.mark.root
+def test_much_may_be_asked_for_in_the_background(ram: Ram, tmp_path: Path) -> None:
+    ram.start_in_front()
+    with control(ram, tmp_path / "fusectl") as files:
+        assert int((files / "max_background").read_text()) == MAX_BACKGROUND
+        assert int((files / "congestion_threshold").read_text()) > MAX_BACKGROUND
+
+
 @pytest.mark.root
 def test_an_aborted_connection_leaves_no_mount(ram: Ram, tmp_path: Path) -> None:
     ram.start_in_front(read_write=True)
-    entry = find_mount(ram.point)
-    assert entry is not None
     write_at(ram.lun, b"hello")
-    control = tmp_path / "fusectl"  # not everybody has it mounted under /sys
-    control.mkdir()
-    subprocess.run(["mount", "-t", "fusectl", "none", control], check=True, timeout=20)
-    try:
-        (control / str(entry.connection) / "abort").write_text("1")
-    finally:
-        subprocess.run(["umount", control], check=True, timeout=20)
+    with control(ram, tmp_path / "fusectl") as files:
+        (files / "abort").write_text("1")
     assert ram.process is not None
     assert ram.process.wait(timeout=20) == 0
     assert not ram.is_mounted()
