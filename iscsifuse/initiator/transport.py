@@ -30,6 +30,8 @@ __all__ = ["Transport"]
 
 _GATHER = 512
 """Buffers in one gather write; the kernel takes 1024 (IOV_MAX)."""
+_SOON = 4
+"""Buffers that are sent together rather than one by one; with more of them the target would be kept waiting."""
 
 _USER_TIMEOUT_MS = 30_000
 """How long sent bytes may stay unacknowledged before the kernel gives up: a second net below the NOP-Out pings."""
@@ -123,12 +125,14 @@ class Transport:
             self._write()
 
     def send_soon(self, buffers: list[Buffer]) -> None:
-        """Like `send`, but not before every task that can run has run: together with what they send."""
+        """Like `send`, but together with what others send who can run now, up to a few."""
         if self._closed:
             return
         self._pending.extend(buffers)
         if self._blocked:
             self._queued_to += _total(buffers)
+        elif len(self._pending) >= _SOON:
+            self._write()
         elif not self._put_off:
             self._put_off = True
             self._loop.put_off(self._write_put_off)
