@@ -18,7 +18,8 @@ Invariants, at every checkpoint:
 * ``dirty``, ``writing`` and ``unsynced`` are subsets of ``valid``, ``flushing`` is one of ``unsynced``.
 * ``dirty & writing == 0``; ``unsynced & writing == 0``; ``filling & valid == 0``.
 * Only a successful fill or a write that covers the whole block makes a block valid.
-* A bit of ``filling`` or ``writing`` is set by one task, which clears it in every outcome and then wakes ``event``.
+* A bit of ``filling`` or ``writing`` is set by one task, which clears it in every outcome and then wakes those who
+  wait for that (`Extent.wake`).
 * An extent is evicted only while ``dirty``, ``writing``, ``filling``, ``unsynced`` and ``pins`` are all 0, so whoever
   holds one of these may keep using the object across a checkpoint. Anybody else looks it up again.
 
@@ -30,6 +31,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import trio
+
+from iscsifuse.fibres import Fibre, here, sleep
 
 __all__ = ["Extent", "Geometry", "Transfer", "next_run", "runs", "span"]
 
@@ -108,7 +111,8 @@ class Extent:
         cursor: where write-back goes on looking for dirty blocks.
         read_end: byte after the latest read.
         lost: fills that ended without making their blocks valid.
-        event: set, and forgotten, when ``filling`` or ``writing`` shrink; made by the first who waits.
+        event: set, and forgotten, when ``filling`` or ``writing`` shrink; made by the first task that waits.
+        fibres: those who wait for the same, likewise.
     """
 
     __slots__ = (
@@ -117,6 +121,7 @@ class Extent:
         "cursor",
         "dirty",
         "event",
+        "fibres",
         "filling",
         "flushing",
         "full",
@@ -148,21 +153,35 @@ class Extent:
         self.pins = self.born = self.cursor = self.read_end = self.lost = 0
         self.queue: Any = None  # an OrderedDict[Extent, None] of the pool; compared by identity only
         self.event: trio.Event | None = None
+        self.fibres: list[Fibre] | None = None
 
     async def changed(self) -> None:
         """Wait until some block stops being filled or written; the caller has seen one that is.
 
         No await lies between the caller's look at the bits and the event's registration, so no wake-up is lost.
+
+        Cancellation: a fibre's wait can't be cancelled; it is for a device call, which ends.
         """
-        if self.event is None:
-            self.event = trio.Event()
-        await self.event.wait()
+        fibre = here.fibre
+        if fibre is None:
+            if self.event is None:
+                self.event = trio.Event()
+            await self.event.wait()
+        else:
+            if self.fibres is None:
+                self.fibres = []
+            self.fibres.append(fibre)
+            await sleep()
 
     def wake(self) -> None:
         """Let everybody who waits in ``changed`` look again."""
         if self.event is not None:
             self.event.set()
             self.event = None
+        if self.fibres is not None:
+            for fibre in self.fibres:
+                fibre.wake()
+            self.fibres = None
 
 
 class Transfer:

@@ -96,7 +96,7 @@ class Filler:
             extent.valid |= blocks
         else:
             extent.lost += 1
-        if extent.event is not None:
+        if extent.event is not None or extent.fibres is not None:
             extent.wake()
         if self.pool.wanted is not None:
             self.pool.notify()

@@ -71,8 +71,6 @@ class SpanReader:
                         if not waited:
                             self.hits += 1
                         return self._join(pinned, offset, stop)
-                    if await own_task():
-                        continue
                     if not waited:
                         waited = True
                         self.misses += 1
@@ -85,6 +83,8 @@ class SpanReader:
                     # No await since ``_missing``: what it found to be nobody's is claimed here by this task only.
                     transfers = self._filler.claim(missing)
                     if transfers:
+                        if len(transfers) > 1:
+                            await own_task()
                         await self._filler.each(transfers, self._filler.demand, self._filler.release)
                     else:
                         assert busy is not None  # noqa: S101  missing blocks, and none that was ours to fill

@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 
 import trio
 
+from iscsifuse.fibres import run_ready
+
 __all__ = ["Workers"]
 
 _Job = TypeVar("_Job")
@@ -60,6 +62,7 @@ class Workers(Generic[_Job]):
 
     async def _loop(self) -> None:
         while True:
+            run_ready()  # those who waited for the last job
             job = self._take()
             if job is None:
                 await self._parked.park()  # No await since ``take``: a kick can't fall in between.

@@ -10,20 +10,18 @@ go of the processor, as QEMU's ``poll-max-ns`` has it. Three things keep that ha
 descriptor that belongs to us has something to say; nobody does it while more than one command is under way; and how
 long it may last (`Glance`) follows from how long the last waits were, down to not at all.
 
-**Fibres** (`iscsifuse.fibres`) that were woken are called by whoever woke them, when he is done with what he is at
-(`Loop.run_ready`). Whoever forgets it, or can't, leaves them to the loop, which calls them before it waits for I/O.
+**Fibres** (`iscsifuse.fibres`) that were woken and that nobody has called since go on before the loop waits for I/O.
 """
 
 import contextlib
 import os
 import select
 import time
-from collections import deque
 from collections.abc import Callable
 
 import trio
 
-from iscsifuse.fibres import Fibre, here
+from iscsifuse.fibres import here, run_ready
 
 __all__ = ["Glance", "Loop"]
 
@@ -63,12 +61,10 @@ class Loop(trio.abc.Instrument):
 
     Attributes:
         under_way: commands that were sent and aren't done, of all sessions.
-        ready: fibres that were woken and haven't gone on yet.
     """
 
     def __init__(self) -> None:
         self.under_way = 0
-        self.ready: deque[Fibre] = deque()
         self._due: list[Callable[[], None]] = []
         self._token = trio.lowlevel.current_trio_token()
         self._poll = select.poll()
@@ -104,17 +100,8 @@ class Loop(trio.abc.Instrument):
             due, self._due = self._due, []
             for function in due:
                 function()
-        if self.ready:
-            self.wake_soon(self.run_ready)
-
-    # -- fibres ----------------------------------------------------------------------------------------------------
-
-    def run_ready(self) -> None:
-        """Let those fibres go on that were woken; not within one of them, which would have to wait for the others."""
-        if here.fibre is None:
-            ready = self.ready
-            while ready:
-                ready.popleft().go_on()
+        if here.ready:
+            self.wake_soon(run_ready)
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from typing import cast
 import trio
 
 from iscsifuse.errors import IscsifuseError, ReadOnlyError, SessionLostError
-from iscsifuse.fibres import Fibre, here, sleep
+from iscsifuse.fibres import Fibre, here, run_ready, sleep
 from iscsifuse.initiator.backlog import check_backlog
 from iscsifuse.initiator.clearing import ABORT_LIMIT, Clearing
 from iscsifuse.initiator.deadlines import Deadlines
@@ -369,8 +369,7 @@ class Session:
             self._notices.take(event, now)
         if not self.takes_commands:
             self._farewell.look()
-        if self._loop.ready:
-            self._loop.run_ready()
+        run_ready()
 
     def _send(self) -> None:
         """Give the transport what the connection has put out."""

@@ -37,7 +37,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from iscsifuse.fibres import OWN_TASK, SLEEP, here
+from iscsifuse.fibres import OWN_TASK, SLEEP, here, run_ready
 from iscsifuse.initiator.loop import Glance, Loop
 
 __all__ = ["Crew", "workers_are_fibres"]
@@ -68,7 +68,7 @@ class Worker:
 
     def wake(self) -> None:
         """See ``Fibre``."""
-        self._crew.loop.ready.append(self)
+        here.ready.append(self)
 
     def go_on(self) -> None:
         """See ``Fibre``."""
@@ -255,7 +255,6 @@ class Crew:
         row = 0
         poll = self._poll.poll
         idle = self.idle
-        loop = self.loop
         while self._count:
             while self._new:
                 self._new.pop().go_on()
@@ -274,8 +273,7 @@ class Crew:
                     self._over = True
                     continue
             idle.pop().go_on()
-            if loop.ready:
-                loop.run_ready()
+            run_ready()
             row += 1
             if row >= _IN_A_ROW:
                 row = 0

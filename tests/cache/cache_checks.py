@@ -53,6 +53,7 @@ def check_quiet(cache: BlockCache, pool: BufferPool) -> None:
         assert not extent.filling
         assert not extent.writing
         assert extent.event is None
+        assert extent.fibres is None
     assert not cache._write_back._barriers
     assert pool.wanted is None
     assert cache._write_back._room is None

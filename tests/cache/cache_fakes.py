@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import trio
 
 from iscsifuse.errors import MediumError
+from iscsifuse.fibres import here, own_task
+from support.fibres import sleep_as_fibre
 
 
 def bad_block(lba: int) -> MediumError:
@@ -89,8 +91,13 @@ class FakeDevice:
 
     async def _wait(self, command: Command) -> None:
         if self.gate is not None:
+            await own_task()
             await self.gate(command)
-        await trio.sleep(self.delay(command) if self.delay is not None else 0)
+        seconds = self.delay(command) if self.delay is not None else 0
+        if here.fibre is not None:
+            await sleep_as_fibre(seconds)
+        else:
+            await trio.sleep(seconds)
 
     def _check(self, command: Command) -> None:
         if self.fault is not None:

@@ -1,4 +1,4 @@
-"""The whole cache against a model: many tasks at once, a slow, shuffling, failing disk, and very little memory.
+"""The whole cache against a model: many tasks or fibres at once, a slow and failing disk, and very little memory.
 
 Every byte that a read returns must have been written by some write (or be the disk's first content) that was not
 certainly overwritten: that is, there is no acknowledged write of this byte that began after the other one had ended,
@@ -7,7 +7,9 @@ and ended before the read began. Bytes of a block whose write-back failed may ha
 
 import itertools
 import random
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import pytest
 import trio
@@ -20,8 +22,13 @@ from hypothesis import strategies as st
 from iscsifuse.cache import BlockCache, BlockFile, BufferPool, CacheSettings, DirectFile, Handle, block_file
 from iscsifuse.cache.extent import runs
 from iscsifuse.errors import IscsifuseError, WriteBackError
+from support.fibres import as_fibre
+
+T = TypeVar("T")
 
 FOREVER = 1 << 60
+PATIENCE = 1000.0
+"""Seconds of somebody who cancels nothing."""
 
 
 @dataclass
@@ -87,6 +94,7 @@ class Setup:
     luns: int = 1
     keep_strays: bool = True
     volatile: bool = False
+    fibres: bool = False
 
     @property
     def size(self) -> int:
@@ -138,12 +146,26 @@ class World:
         return None
 
 
+async def call(world: World, coroutine: Coroutine[Any, Any, T], patience: float) -> T:
+    """As a task or as a fibre; these can't be cancelled while they wait for the disk."""
+    if world.setup.fibres and patience == PATIENCE:
+        return await as_fibre(coroutine)
+    return await coroutine
+
+
+async def read(file: BlockFile, offset: int, length: int) -> bytes:
+    peeked = file.peek(offset, length)
+    return bytes(await file.read(offset, length) if peeked is None else peeked)
+
+
 async def do_read(world: World, offset: int, length: int, patience: float) -> None:
     begun = world.model.tick()
     with trio.move_on_after(patience):
         try:
             peeked = world.file.peek(offset, length)
-            found = bytes(await world.file.read(offset, length) if peeked is None else peeked)
+            found = (
+                bytes(peeked) if peeked is not None else await call(world, read(world.file, offset, length), patience)
+            )
         except IscsifuseError:
             assert world.setup.faults in ("reads", "all") or world.device.bad
             return
@@ -161,7 +183,7 @@ async def do_write(world: World, offset: int, length: int, patience: float) -> N
     world.model.writes.append(write)
     try:
         with trio.move_on_after(patience) as scope:
-            assert await world.file.write(offset, data) == length
+            assert await call(world, world.file.write(offset, data), patience) == length
             write.acked = True
         assert write.acked or scope.cancelled_caught
     except IscsifuseError:
@@ -342,6 +364,7 @@ def _setups() -> st.SearchStrategy[Setup]:
         luns=st.integers(1, 3),
         keep_strays=st.booleans(),
         volatile=st.booleans(),
+        fibres=st.booleans(),
     )
 
 
@@ -352,7 +375,7 @@ def _steps() -> st.SearchStrategy[list[Step]]:
         st.sampled_from((0.0, 0.0, 0.01, 0.05, 0.2, 0.5, 1.0)),
         st.one_of(st.integers(0, 90 * 4096), st.integers(0, 20000), st.sampled_from((0, 512, 4096, 8192, 16384))),
         st.one_of(st.integers(1, 600), st.integers(1, 30000), st.sampled_from((512, 4096, 8192))),
-        st.sampled_from((1000.0, 1000.0, 1000.0, 0.0, 0.02, 0.2)),
+        st.sampled_from((PATIENCE, PATIENCE, PATIENCE, 0.0, 0.02, 0.2)),
     )
     return st.lists(step, max_size=45)
 
@@ -378,6 +401,7 @@ def _random_play(mode: str, faults: str, seed: int) -> tuple[Setup, list[Step]]:
         r.choice((1, 1, 2, 5)),
         keep_strays=r.random() < 0.5,
         volatile=seed % 3 > 0,
+        fibres=seed % 2 > 0,
     )
     kinds = ("read", "read", "write", "write", "write", "drain", "sync", "open", "invalidate", "scan", "cut")
     steps: list[Step] = [
@@ -386,7 +410,7 @@ def _random_play(mode: str, faults: str, seed: int) -> tuple[Setup, list[Step]]:
             r.random() * r.choice((0, 0.05, 1, 3)),
             r.choice((r.randrange(90 * 4096), r.randrange(20000), 0)),
             r.choice((r.randint(1, 600), r.randint(1, 30000), 512, 8192)),
-            r.choice((1000.0, 1000.0, 1000.0, 0.02)),
+            r.choice((PATIENCE, PATIENCE, PATIENCE, 0.02)),
         )
         for _ in range(r.choice((30, 120)))
     ]

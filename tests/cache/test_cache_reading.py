@@ -9,6 +9,7 @@ from cache_running import EXTENT, running, small_pool
 
 from iscsifuse.cache import BlockCache, BufferPool, CacheSettings, DirectFile, block_file
 from iscsifuse.errors import IscsifuseError, MediumError, ParameterDataError
+from support.fibres import as_fibre
 
 blocked = trio.testing.wait_all_tasks_blocked
 
@@ -598,3 +599,20 @@ async def test_two_caches_share_a_pool() -> None:
             check_invariants(second, pool)
         assert first.stats().evictions > 0
         assert first.stats().cached_bytes + second.stats().cached_bytes <= pool.size
+
+
+async def test_fibres_take_turns_at_large_reads_past_the_cache() -> None:
+    device = FakeDevice(block_count=1024, delay=lambda _: 0.01)
+    cache = BlockCache(device, pool=BufferPool(1 << 20), settings=CacheSettings())
+    found: list[bytes] = []
+
+    async def read(number: int) -> None:
+        begin = number * 512
+        found.append(bytes(await as_fibre(cache._aside.read_in_turn(begin, begin + 128 * 1024))))
+        assert found[-1] == device.data[begin : begin + 128 * 1024]
+
+    async with trio.open_nursery() as nursery:
+        for number in range(30):
+            nursery.start_soon(read, number)
+    assert len(found) == 30
+    assert device.most_in_flight == 12

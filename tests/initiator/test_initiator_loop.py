@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from iscsifuse.fibres import here
+from iscsifuse.fibres import here, run_ready
 from iscsifuse.initiator.loop import Glance, Loop
 
 MICROSECOND = 1000
@@ -116,13 +116,12 @@ def test_nobody_looks_where_there_is_one_processor(monkeypatch: pytest.MonkeyPat
 class _Fibre:
     """Notes when it is called; may do something then."""
 
-    def __init__(self, loop: Loop, do: Callable[[], None] = lambda: None) -> None:
-        self.loop = loop
+    def __init__(self, do: Callable[[], None] = lambda: None) -> None:
         self.do = do
         self.calls = 0
 
     def wake(self) -> None:
-        self.loop.ready.append(self)
+        here.ready.append(self)
 
     def go_on(self) -> None:
         here.fibre = self
@@ -132,25 +131,25 @@ class _Fibre:
 
 
 async def test_fibres_that_were_woken_go_on_in_order_and_one_after_the_other() -> None:
-    loop = Loop.current()
-    second = _Fibre(loop)
+    second = _Fibre()
     seen: list[int] = []
 
     def wake_the_second() -> None:
         second.wake()
-        loop.run_ready()
+        run_ready()
         seen.append(second.calls)
 
-    first = _Fibre(loop, wake_the_second)
+    first = _Fibre(wake_the_second)
     first.wake()
     assert first.calls == 0
-    loop.run_ready()
+    run_ready()
     assert (first.calls, second.calls, seen) == (1, 1, [0])
 
 
 async def test_a_fibre_that_nobody_calls_is_called_before_the_loop_sleeps() -> None:
     called = trio.Event()
-    fibre = _Fibre(Loop.current(), called.set)
+    assert Loop.current()
+    fibre = _Fibre(called.set)
     fibre.wake()
     with trio.fail_after(5):
         await called.wait()

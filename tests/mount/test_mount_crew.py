@@ -13,7 +13,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
-from iscsifuse.fibres import here, own_task, sleep
+from iscsifuse.fibres import here, own_task, run_ready, sleep
 from iscsifuse.initiator.loop import Loop
 from iscsifuse.mount.crew import Crew, workers_are_fibres
 
@@ -135,7 +135,7 @@ async def test_sleepers_let_others_be_taken_and_go_on_when_they_are_woken(kernel
             sleepers.wake(b"b")
             sleepers.wake(b"a")
             assert sleepers.awake == []  # not within the call
-            Loop.current().run_ready()
+            run_ready()
             assert sleepers.awake == [b"b", b"a"]
             sleepers.wake(b"c")  # and nobody calls run_ready: the loop does
             await trio.testing.wait_all_tasks_blocked()
@@ -156,7 +156,7 @@ async def test_a_fibre_lets_no_other_one_go_on_while_it_runs(kernel: Kernel) -> 
             await sleepers.handle(request)
             return
         sleepers.wake(b"a")
-        Loop.current().run_ready()
+        run_ready()
         assert sleepers.awake == []
 
     kernel.handle = handle
