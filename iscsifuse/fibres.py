@@ -6,9 +6,9 @@ the price of a call. pyfuse3's workers are such fibres (`iscsifuse.mount.crew`);
 (write-back, read-ahead, login), and needn't know which of the two runs it, but for one rule.
 
 **The rule.** trio knows tasks only: a cancel scope that a fibre opened would be that of whichever task happens to
-call it. So a fibre awaits `sleep`, or something that keeps this rule itself, and nothing else of trio's before it has
-awaited `own_task`. From then on, until its request is answered, it runs in a task of its own and does what it likes.
-Time may have passed when `own_task` returns: whoever has looked at something before has to look again.
+call it. So a fibre awaits `sleep`, `doze`, or something that keeps this rule itself, and nothing else of trio's
+before it has awaited `own_task`. From then on, until its request is answered, it runs in a task of its own and does
+what it likes. Time may have passed when `own_task` returns: whoever has looked at something before looks again.
 
 **Who wakes a fibre** calls `Fibre.wake`, and then, when he is done with what he is at, `run_ready`. Where that is
 forgotten or can't be, the event loop does it before it waits for I/O (`iscsifuse.initiator.loop`), which costs more.
@@ -21,9 +21,10 @@ from collections import deque
 from collections.abc import Generator
 from typing import Protocol
 
-__all__ = ["OWN_TASK", "SLEEP", "Fibre", "here", "own_task", "run_ready", "sleep"]
+__all__ = ["DOZE", "OWN_TASK", "SLEEP", "Fibre", "doze", "here", "own_task", "run_ready", "sleep"]
 
 SLEEP = "sleep"
+DOZE = "doze"
 OWN_TASK = "own task"
 """What a fibre yields to whoever runs it."""
 
@@ -67,12 +68,18 @@ class _Trap:
 
 
 _SLEEP = _Trap(SLEEP)
+_DOZE = _Trap(DOZE)
 _OWN_TASK = _Trap(OWN_TASK)
 
 
 async def sleep() -> None:
     """For a fibre (see ``here``): stop until its `Fibre.wake` is called. Can't be cancelled."""
     await _SLEEP
+
+
+async def doze() -> None:
+    """Like `sleep`, but it may return for nothing, and then in a task: in which whoever waits on can be cancelled."""
+    await _DOZE
 
 
 async def own_task() -> bool:

@@ -32,7 +32,7 @@ from typing import Any
 
 import trio
 
-from iscsifuse.fibres import Fibre, here, sleep
+from iscsifuse.fibres import Fibre, doze, here
 
 __all__ = ["Extent", "Geometry", "Transfer", "next_run", "runs", "span"]
 
@@ -160,7 +160,7 @@ class Extent:
 
         No await lies between the caller's look at the bits and the event's registration, so no wake-up is lost.
 
-        Cancellation: a fibre's wait can't be cancelled; it is for a device call, which ends.
+        It may return for nothing.
         """
         fibre = here.fibre
         if fibre is None:
@@ -171,7 +171,7 @@ class Extent:
             if self.fibres is None:
                 self.fibres = []
             self.fibres.append(fibre)
-            await sleep()
+            await doze()
 
     def wake(self) -> None:
         """Let everybody who waits in ``changed`` look again."""

@@ -198,7 +198,8 @@ class Session:
         fibre = here.fibre
         if fibre is not None:
             task.waiter = fibre
-            await sleep()
+            while not task.done:
+                await sleep()
         else:
             task.waiter = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(_not_now)

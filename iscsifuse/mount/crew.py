@@ -9,7 +9,7 @@ its workers become fibres (`iscsifuse.fibres`) of one `Crew`::
                                             │  ^
                           waits for a command│  │woken, by the session's reader
                                             v  │
-                                          SLEEPING
+                                          SLEEPING, DOZING
                                             │
       RUNNING ──(awaits `own_task`)──> IN A TASK ──(answered)──> IDLE
 
@@ -22,9 +22,11 @@ before it goes to sleep (`Loop.glance`).
 Invariants:
 
 * A request is read by who was handed it, with no checkpoint since poll(2) has seen it.
-* A worker is in exactly one of these states; ``idle`` holds those who are IDLE, and ``asleep`` counts the SLEEPING.
-* A worker that failed ends the crew. When `pyfuse3.main` ends, however it does, no worker waits for anything: as
-  nothing may be cancelled that uses memory, it waits for those who sleep, which a command's deadline bounds.
+* A worker is in exactly one of these states; ``idle`` holds those who are IDLE, and ``asleep`` counts the others who
+  don't run.
+* A worker that failed ends the crew. When `pyfuse3.main` ends, however it does, no worker waits for anything. Who
+  waits for a command of his own can't be cancelled, since it uses memory; its deadline bounds that. Who waits for
+  somebody else's (DOZING) is given a task, and cancelled like those who have one.
 """
 
 import select
@@ -37,7 +39,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from iscsifuse.fibres import OWN_TASK, SLEEP, here, run_ready
+from iscsifuse.fibres import DOZE, OWN_TASK, SLEEP, here, run_ready
 from iscsifuse.initiator.loop import Glance, Loop
 
 __all__ = ["Crew", "workers_are_fibres"]
@@ -68,7 +70,8 @@ class Worker:
 
     def wake(self) -> None:
         """See ``Fibre``."""
-        here.ready.append(self)
+        if self._asleep:  # else it was given a task meanwhile
+            here.ready.append(self)
 
     def go_on(self) -> None:
         """See ``Fibre``."""
@@ -76,6 +79,7 @@ class Worker:
         if self._asleep:
             self._asleep = False
             crew.asleep -= 1
+            crew.dozing.discard(self)
         here.fibre = self
         try:
             trap = self._coroutine.send(None)
@@ -89,13 +93,23 @@ class Worker:
             here.fibre = None
         if trap is _IDLE:
             crew.rest(self)
-        elif trap is SLEEP:
+        elif trap is SLEEP or trap is DOZE:
             self._asleep = True
             crew.asleep += 1
+            if trap is DOZE:
+                crew.dozes(self)
         elif trap is OWN_TASK:
             crew.needs_a_task(self._in_a_task)
         else:
             crew.failed(RuntimeError(f"a fibre awaited {trap!r} without a task of its own"))
+
+    def rouse(self) -> None:
+        """It dozes, and is to go on in a task, which can be cancelled."""
+        if self not in here.ready:
+            self._asleep = False
+            self._crew.asleep -= 1
+            self._crew.dozing.discard(self)
+            self._crew.needs_a_task(self._in_a_task)
 
     def dismiss(self) -> None:
         """There are no more requests for it, which is idle."""
@@ -148,7 +162,8 @@ class Crew:
     Attributes:
         loop: of the running event loop.
         idle: workers that wait for a request.
-        asleep: how many wait for a command.
+        asleep: how many wait for a command, of their own or somebody else's.
+        dozing: those of them who wait for somebody else's.
         nursery: for those who need a task.
     """
 
@@ -156,6 +171,7 @@ class Crew:
         self.loop = Loop.current()
         self.idle: list[Worker] = []
         self.asleep = 0
+        self.dozing: set[Worker] = set()
         self.nursery: trio.Nursery
         self._new: list[Worker] = []
         self._count = 0
@@ -181,8 +197,10 @@ class Crew:
                 finally:
                     # Nobody may be left asleep: what wakes him later would find no crew.
                     with trio.CancelScope(shield=True):
+                        self._rouse()
                         while self.asleep:
                             await self._wait_for_workers()
+                            self._rouse()
         finally:
             if self._fd >= 0:
                 self.loop.unwatch(self._fd)
@@ -222,6 +240,11 @@ class Crew:
         """A worker is idle."""
         self.idle.append(worker)
         self._tell_server()
+
+    def dozes(self, worker: Worker) -> None:
+        """A worker waits for what somebody else waits for, too."""
+        self.dozing.add(worker)
+        self._tell_server()  # who may be about to end
 
     def needs_a_task(self, carry: Callable[[], Awaitable[None]]) -> None:
         """A worker can't go on as a fibre."""
@@ -278,6 +301,10 @@ class Crew:
             if row >= _IN_A_ROW:
                 row = 0
                 await trio.lowlevel.checkpoint()
+
+    def _rouse(self) -> None:
+        for worker in list(self.dozing):
+            worker.rouse()
 
     async def _wait_for_requests(self) -> None:
         began = time.monotonic_ns()

@@ -13,7 +13,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
-from iscsifuse.fibres import here, own_task, run_ready, sleep
+from iscsifuse.fibres import Fibre, doze, here, own_task, run_ready, sleep
 from iscsifuse.initiator.loop import Loop
 from iscsifuse.mount.crew import Crew, workers_are_fibres
 
@@ -278,6 +278,45 @@ async def test_cancelled_it_waits_for_who_sleeps_and_for_nobody_else(kernel: Ker
             assert done == [b"fibre", b"in the end a task"]
             assert not nursery.child_tasks
     assert kernel.ended == 3  # all but the cancelled one came to an end of their own
+
+
+async def test_cancelled_it_does_not_wait_for_who_waits_for_somebody_else(kernel: Kernel) -> None:
+    fibres: dict[bytes, Fibre] = {}
+    waits: list[bytes] = []
+    seen: list[bytes] = []
+
+    async def handle(request: bytes) -> None:
+        for _ in range(3):  # whatever it waits for, it looks again
+            fibre = here.fibre
+            if fibre is None:
+                waits.append(request)
+                await trio.sleep_forever()
+            else:
+                fibres[request] = fibre
+                await doze()
+                seen.append(request)
+
+    kernel.handle = handle
+    async with trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def main() -> None:
+            with scope:
+                await kernel.main()
+
+        with trio.fail_after(5):
+            nursery.start_soon(main)
+            kernel.ask(b"a", b"b")
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            fibres[b"b"].wake()  # in the very moment
+            await trio.testing.wait_all_tasks_blocked()
+            assert not nursery.child_tasks
+            assert sorted(waits) == [b"a", b"b"]
+            assert sorted(seen) == [b"a", b"b", b"b"]
+            for fibre in fibres.values():
+                fibre.wake()  # by who doesn't know
+            assert not here.ready
 
 
 @pytest.mark.parametrize("where", ["fibre", "woken fibre", "task"])

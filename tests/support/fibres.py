@@ -5,7 +5,7 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
-from iscsifuse.fibres import OWN_TASK, SLEEP, here, run_ready, sleep
+from iscsifuse.fibres import DOZE, OWN_TASK, SLEEP, here, run_ready, sleep
 from iscsifuse.initiator.loop import Loop
 
 __all__ = ["as_fibre", "sleep_as_fibre"]
@@ -35,8 +35,8 @@ class _Fibre(Generic[_T]):
             self.error = error
             self.ended = True
         else:
-            assert trap in (OWN_TASK, SLEEP), f"a fibre awaited {trap!r}"
-            if trap == SLEEP:
+            assert trap in (OWN_TASK, SLEEP, DOZE), f"a fibre awaited {trap!r}"
+            if trap != OWN_TASK:
                 return
         finally:
             here.fibre = None
