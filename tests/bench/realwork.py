@@ -40,20 +40,22 @@ class LoopExt4(Work):
             self._compare(disk.backing, inside)
             self.was_checked = True
         finally:
-            inside.rmdir()
+            with contextlib.suppress(OSError):  # It shall not take the place of what is under way.
+                inside.rmdir()
         return {"time": seconds}
 
     def _unpack(self, opened: Opened, inside: Path, stack: contextlib.ExitStack) -> float:
         def do(*words: str | Path) -> str:
             return shell.run(words, timeout=self.patience).out.strip()
 
+        # Beforehand, for a command that is interrupted may have done its work: a file system that stayed mounted
+        # would write to the disk when the next contender has it. Both do no harm when all went well.
+        stack.callback(_detach, opened.path)
+        stack.callback(shell.run, ["umount", "-l", inside], timeout=20, statuses=range(256))
         began = time.perf_counter()
         device = do("losetup", "--find", "--show", opened.path)
-        # Both fail, and do no harm, when all went well.
-        stack.callback(shell.run, ["losetup", "--detach", device], timeout=20, statuses=range(256))
         do("mkfs.ext4", "-q", "-F", device)
         do("mount", "-t", "ext4", device, inside)
-        stack.callback(shell.run, ["umount", "-l", inside], timeout=20, statuses=range(256))
         do("tar", "--extract", f"--file={self.stage.tarball}", f"--directory={inside}")
         do("sync", "--file-system", inside)
         do("umount", inside)
@@ -80,6 +82,13 @@ class LoopExt4(Work):
                 shell.run(["umount", inside], timeout=self.patience)
         except ContenderError as error:
             raise WrongBytesError(f"the file system isn't right afterwards: {error}") from error
+
+
+def _detach(path: Path) -> None:
+    """Detach whatever loop device stands on a file."""
+    listed = shell.run(["losetup", "--noheadings", "--output", "NAME", "--associated", path], timeout=20)
+    for device in listed.out.split():
+        shell.run(["losetup", "--detach", device], timeout=20, statuses=range(256))
 
 
 class SleuthKit(Work):
