@@ -174,8 +174,8 @@ def test_a_target_that_is_away_too_long_is_an_error_and_its_return_heals_the_mou
     with Mounted(tgt_server.url(ONE), tmp_path / "m", *options) as mounted:
         file = os.open(mounted.lun(1), os.O_RDWR)
         try:
+            began = time.monotonic()  # the loss is noticed before kill() has returned
             tgt_server.kill()
-            began = time.monotonic()
             for call in (lambda: os.pread(file, 4096, 0), lambda: os.pwrite(file, bytes(4096), 0)):
                 with pytest.raises(OSError, match="Input/output"):
                     call()
