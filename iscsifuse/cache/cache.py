@@ -326,7 +326,6 @@ class BlockCache(BlockFile):
 
     async def _write_piece(self, offset: int, data: Buffer) -> None:
         """Write bytes of one extent, waiting for whatever is in the way; one thing at a time, then look again."""
-        await own_task()
         index, start = divmod(offset, self._extent_length)
         end = start + len(data)
         blocks = self._geometry.blocks_of(start, end)
@@ -338,10 +337,13 @@ class BlockCache(BlockFile):
             extent = self._extents.get(index)
             if (extent is None or not (extent.dirty or extent.writing)) and write_back.full():
                 await write_back.wait_for_room()  # Holding nothing: it may take as long as a disk is stuck.
+            elif extent is not None and (extent.filling | extent.writing) & blocks:
+                await extent.changed()
+            elif await own_task():
+                continue
             elif extent is None:
                 await self._pool.wait_for_room()
-            elif (extent.filling | extent.writing) & blocks:
-                await extent.changed()
             else:
                 await self._filler.demand_all([(extent, partial & ~extent.valid)])
+        await own_task()
         await self._through.write(offset, memoryview(data))

@@ -40,6 +40,7 @@ from iscsifuse.cache.settings import CacheSettings
 from iscsifuse.cache.unsynced import Unsynced
 from iscsifuse.cache.workers import Workers
 from iscsifuse.errors import WriteBackError
+from iscsifuse.fibres import Fibre, doze, here
 
 __all__ = ["LARGEST_TRANSFER", "WriteBack"]
 
@@ -94,6 +95,7 @@ class WriteBack:
         self._ready: dict[Extent, None] = {}
         self._barriers: list[_Barrier] = []
         self._room: trio.Event | None = None
+        self._room_fibres: list[Fibre] = []
         self._alarm: trio.Event | None = None
         self._pacer = Pacer()
         self._workers = Workers(settings.depth, take=self._take, work=self._write_back)
@@ -205,14 +207,26 @@ class WriteBack:
         """Wait until it is worth looking again whether it is still ``full``.
 
         No await lies between the caller's look and the registration. Ends with the next completion of a write or of
-        a flush, of which at least one is on its way after ``pressure`` and ``want_flush``.
+        a flush, of which at least one is on its way after ``pressure`` and ``want_flush``; or for
+        nothing.
         """
+        fibre = here.fibre
+        if fibre is not None:
+            self._room_fibres.append(fibre)
+            self.pressure()
+            self._want_flush()
+            await doze()
+            return
         if self._room is None:
             self._room = trio.Event()
         room = self._room
         self.pressure()
         self._want_flush()
         await room.wait()
+
+    @property
+    def _is_awaited(self) -> bool:
+        return self._room is not None or bool(self._room_fibres)
 
     async def drain(self) -> None:
         """Wait until everything that is unclean now has been written or has failed."""
@@ -362,7 +376,7 @@ class WriteBack:
 
     def flush_ends(self, *, well: bool) -> None:
         """That flush has ended."""
-        self.unsynced.end(well=well, give_up=self._room is not None or self._pool.wanted is not None)
+        self.unsynced.end(well=well, give_up=self._is_awaited or self._pool.wanted is not None)
         self._wake()
 
     def _settle(self, extent: Extent, blocks: int, *, written: bool) -> None:
@@ -388,3 +402,7 @@ class WriteBack:
         if self._room is not None:
             self._room.set()
             self._room = None
+        if self._room_fibres:
+            fibres, self._room_fibres = self._room_fibres, []
+            for fibre in fibres:
+                fibre.wake()
