@@ -32,6 +32,7 @@ from iscsifuse.errors import (
 )
 from iscsifuse.initiator import clearing, farewell, liveness
 from iscsifuse.initiator import session as session_module
+from iscsifuse.initiator.loop import Loop
 from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.iscsi.pdu import Opcode
@@ -520,6 +521,21 @@ async def test_session_broken_pipe_in_the_midst_of_a_write() -> None:
     async with serving(config) as target, open_session(target) as session:
         results = await at_once(*[lambda: _write(session, bytes(1 << 20)) for _ in range(8)])
         assert all(isinstance(result, SessionLostError) for result in results)
+
+
+async def test_session_a_connection_that_breaks_within_a_call() -> None:
+    """The fourth command is the one that sends: it finds the connection broken, and none of them may be left."""
+    async with serving(config_of(_disk())) as target, open_session(target) as session:
+        session.transport._sock.shutdown(socket.SHUT_WR)
+        memory = memoryview(bytearray(512))
+        tasks = [session.start(cdbs.read(lba=1, blocks=1), lun=LUN_0, buffer_in=memory) for _ in range(4)]
+        assert all(task.done for task in tasks)
+        assert not session.takes_commands
+        assert Loop.current().under_way == 0
+        for task in tasks:
+            await session.until_done(task)
+            with pytest.raises(SessionLostError, match="broke"):
+                session.settle(task)
 
 
 class _Narrow:

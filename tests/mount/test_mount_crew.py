@@ -5,7 +5,8 @@ tests that mount.
 """
 
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 
 import pyfuse3
 import pytest
@@ -85,6 +86,20 @@ class Sleepers:
     def wake(self, request: bytes) -> None:
         fibre = self.fibres[request]
         fibre.wake()  # type: ignore[attr-defined]
+
+
+@asynccontextmanager
+async def cancellable(kernel: Kernel) -> AsyncIterator[tuple[trio.Nursery, trio.CancelScope]]:
+    """A crew at work, the only task of a nursery, and what cancels it."""
+    scope = trio.CancelScope()
+
+    async def main() -> None:
+        with scope:
+            await kernel.main()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(main)
+        yield nursery, scope
 
 
 async def failure(main: Callable[[], Awaitable[None]], meanwhile: Callable[[], Awaitable[None]]) -> Exception | None:
@@ -254,15 +269,8 @@ async def test_cancelled_it_waits_for_who_sleeps_and_for_nobody_else(kernel: Ker
         done.append(request)
 
     kernel.handle = handle
-    async with trio.open_nursery() as nursery:
-        scope = trio.CancelScope()
-
-        async def main() -> None:
-            with scope:
-                await kernel.main()
-
+    async with cancellable(kernel) as (nursery, scope):
         with trio.fail_after(5):
-            nursery.start_soon(main)
             kernel.ask(b"task", b"fibre", b"in the end a task")
             await trio.testing.wait_all_tasks_blocked()
             scope.cancel()
@@ -297,15 +305,8 @@ async def test_cancelled_it_does_not_wait_for_who_waits_for_somebody_else(kernel
                 seen.append(request)
 
     kernel.handle = handle
-    async with trio.open_nursery() as nursery:
-        scope = trio.CancelScope()
-
-        async def main() -> None:
-            with scope:
-                await kernel.main()
-
+    async with cancellable(kernel) as (nursery, scope):
         with trio.fail_after(5):
-            nursery.start_soon(main)
             kernel.ask(b"a", b"b")
             await trio.testing.wait_all_tasks_blocked()
             scope.cancel()
