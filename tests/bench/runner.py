@@ -1,4 +1,8 @@
-"""The order of things: for each work, round after round, every contender in turn."""
+"""The order of things: for each work, round after round, every contender in turn.
+
+Each round begins with another contender. Whoever comes first may have to pay for what all need: memory that was free
+for a while belongs to the host (``page_reporting``), and who wants it back waits for the host.
+"""
 
 import contextlib
 import subprocess
@@ -16,7 +20,7 @@ _PATIENCE = 2  # kinds of work at which a contender may hang; each time costs mi
 
 
 def run_work(work: Work, contenders: Sequence[Contender], rounds: int, results: Results) -> None:
-    """Measure one kind of work: A B C A B C ..., so that a machine that slows down does so for all.
+    """Measure one kind of work: A B C B C A ..., so that a machine that slows down does so for all.
 
     A contender that fails isn't asked again; what it did until then is kept, with the reason. What is read is
     compared in the first round, and for iscsifuse in all of them; what is written, always.
@@ -39,7 +43,8 @@ def run_work(work: Work, contenders: Sequence[Contender], rounds: int, results: 
             _tell(f"{work.name}: could not be prepared: {error}")
             return
         for number in range(rounds):
-            for contender in taking:
+            first = number % len(taking)
+            for contender in taking[first:] + taking[:first]:
                 series = result.series[contender.name]
                 if series.failure is None:
                     work.wants_check = number == 0 or contender.is_ours

@@ -134,14 +134,14 @@ class Diary(Work):
         self.finished = True
 
 
-def test_contenders_take_turns_and_one_that_fails_is_not_asked_again(
+def test_contenders_take_turns_also_at_beginning_and_one_that_fails_is_not_asked_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = Stage(Sizes.for_run(quick=True, size=None), tmp_path)
     work = Diary(stage, {"b": WrongBytesError("at 7"), "c": ContenderError("it crashed")})
     found = Results({}, {})
     run_work(work, [Named(stage, name) for name in ("a", "b", "stranger", "c", "d")], 2, found)
-    assert work.seen == [("a", True), ("b", True), ("c", True), ("d", True), ("a", False), ("d", False)]
+    assert work.seen == [("a", True), ("b", True), ("c", True), ("d", True), ("d", False), ("a", False)]
     assert work.finished
     assert [(name, series.failure, series.wrong_bytes) for _, name, series in found.failures()] == [
         ("b", "at 7", True),
