@@ -30,6 +30,7 @@ from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.inventory import LunDescription, scan
 from iscsifuse.initiator.logical_unit import LogicalUnit
 from iscsifuse.initiator.nexus import Nexus, open_nexus
+from iscsifuse.initiator.quirks import make_room_in_tgtd
 from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.settings import DiscoveredTarget, Portal
 from iscsifuse.initiator.statistics import CommandStatistics
@@ -221,6 +222,7 @@ class _Assembler:
             for description in chosen:
                 await self._offer(nexus, target, description, caches)
             nexus.add_guard(target.on_session)
+            caches.start_soon(make_room_in_tgtd, nexus, chosen)
             caches.start_soon(self._watch, nexus, target, caches)
             self._settle(target)
             await self.closing.wait()
@@ -242,6 +244,7 @@ class _Assembler:
                     await unit.look()
                 continue
             target.news = trio.Event()
+            await make_room_in_tgtd(nexus, target.disks.values())  # It may have been started anew.
             if self._plan.lun is None:
                 await self._look_for_more(nexus, target, caches)
                 await trio.sleep(SCAN_PAUSE)

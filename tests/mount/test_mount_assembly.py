@@ -2,7 +2,7 @@
 
 # ruff: noqa: ARG002 - the signatures are those of what is replaced
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -114,6 +114,7 @@ class San:
         self.most_at_once = self._at_once = 0
         self.slow: set[str] = set()
         self.scans = 0
+        self.told: list[list[int]] = []
 
     async def discover(self, portal: Portal, settings: SessionSettings) -> list[DiscoveredTarget]:
         assert portal == HERE
@@ -159,6 +160,11 @@ class San:
             raise content
         return [lun for lun in content if lun.lun not in without and (only is None or lun.lun in only)]
 
+    async def make_room_in_tgtd(self, nexus: Nexus, units: Iterable[Lun]) -> None:
+        assert nexus is self.nexuses[nexus.target_name]
+        await trio.lowlevel.checkpoint()
+        self.told.append([unit.lun for unit in units])
+
 
 @pytest.fixture
 def san(monkeypatch: pytest.MonkeyPatch) -> San:
@@ -166,6 +172,7 @@ def san(monkeypatch: pytest.MonkeyPatch) -> San:
     monkeypatch.setattr(assembly, "discover", made.discover)
     monkeypatch.setattr(assembly, "open_nexus", made.open_nexus)
     monkeypatch.setattr(assembly, "scan", made.scan)
+    monkeypatch.setattr(assembly, "make_room_in_tgtd", made.make_room_in_tgtd)
     monkeypatch.setattr(assembly, "LogicalUnit", Unit)
     return made
 
@@ -411,6 +418,20 @@ async def test_a_target_that_keeps_telling_of_changes_is_not_asked_all_the_time(
             news()
             await trio.sleep(0.01)
         assert san.scans - scans <= 10 / assembly.SCAN_PAUSE + 1
+
+
+async def test_a_target_is_told_in_each_session_what_it_should_know(
+    san: San,
+    autojump_clock: MockClock,  # noqa: ARG001
+) -> None:
+    san.targets = {NAMES[0]: [Lun(1), Lun(2)]}
+    async with assemble(only(NAMES[0], lun=2)):
+        await trio.sleep(1)
+        assert san.told == [[2]]
+        (guard,) = san.nexuses[NAMES[0]].guards
+        assert await guard(None)
+        await trio.sleep(1)
+        assert san.told == [[2], [2]]
 
 
 @pytest.mark.expect_log("its LUNs can't be listed again: gone")

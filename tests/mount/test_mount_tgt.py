@@ -9,6 +9,7 @@ import pytest
 
 from support.cli import Mounted, is_mounted, run_cli
 from support.disks import random_file, sparse
+from support.ports import wait_until
 from support.tgt import TgtServer
 
 pytestmark = [pytest.mark.fuse, pytest.mark.tgt]
@@ -122,3 +123,27 @@ def test_umount_works_without_the_target(tgt_server: TgtServer, folder: Path, po
         assert "is unmounted, but data is lost: LUN 2 of" in done.stderr
         assert "LUN 1 of" not in done.stderr
         assert not is_mounted(point)
+
+
+def test_tgtd_keeps_the_memory_of_its_commands(tgt_server: TgtServer, folder: Path, point: Path) -> None:
+    """Otherwise each page that is written costs it a page fault."""
+    pages = 32768
+    tgt_server.add_target(NAME)
+    tgt_server.add_lun(NAME, 1, sparse(folder / "image", pages * 4096))
+    with Mounted(tgt_server.url(NAME), point, "--rw") as mounted:
+
+        def write_all() -> int:
+            before = tgt_server.page_faults()
+            words = ["dd", "if=/dev/zero", f"of={mounted.lun(1)}", "bs=1M", f"count={pages // 256}"]
+            subprocess.run([*words, "conv=fsync,notrunc", "status=none"], check=True)
+            return tgt_server.page_faults() - before
+
+        def lists() -> int:
+            (row,) = [row for row in mounted.status_file()["commands"] if row["name"] == "REPORT LUNS"]
+            return int(row["calls"])
+
+        assert write_all() < pages / 2
+        seen = lists()
+        tgt_server.restart()  # It has forgotten, and is told again.
+        wait_until(lambda: lists() > seen, timeout=20, what="a new session")
+        assert write_all() < pages / 2

@@ -248,6 +248,10 @@ class TgtServer(TargetServer):
 
     # --- its sessions ---
 
+    def page_faults(self) -> int:
+        """How many pages the kernel has had to give it so far, without any I/O."""
+        return int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[7])
+
     def connections(self) -> list[TgtConnection]:
         """Who is connected, of all targets."""
         found = []
