@@ -9,6 +9,8 @@ What is valid in memory wins over what was read, before and after. So a write th
 began is seen (its block was valid, or is on the device already); one that is acknowledged before it ends may be.
 """
 
+import mmap
+
 import trio
 
 from iscsifuse.cache.device import BlockDevice
@@ -23,7 +25,7 @@ LONGEST_STRAY = 16 * 1024
 """Bytes of a read that may be a stray."""
 # Reads past the cache, of this LUN, that may be under way at once; each takes at most 1 MiB, the longest request.
 # Small ones don't count: they are many where a block is dying, and shouldn't queue for its timeouts.
-_MOST_ASIDE = 12
+_MOST_ASIDE = 6
 _SMALL = 64 * 1024
 
 
@@ -85,7 +87,7 @@ class AsideReader:
         self.reads += 1
         block = self._geometry.block_length
         first, last = offset // block, -(-stop // block)
-        buffer = memoryview(bytearray((last - first) * block))
+        buffer = _memory((last - first) * block)
         blocks = self._geometry.blocks
         if first // blocks not in self._extents and (last - 1) // blocks == first // blocks:
             # The usual stray: all of it is on the device, and only there.
@@ -119,3 +121,10 @@ class AsideReader:
                 buffer[target : target + size] = extent.view[source : source + size]
                 missing &= ~span(base + begin - first, base + end - first)
         return missing
+
+
+def _memory(size: int) -> memoryview:
+    """Memory for one read: straight from the kernel if it is much, for on the heap it would leave holes."""
+    if size <= _SMALL:
+        return memoryview(bytearray(size))
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

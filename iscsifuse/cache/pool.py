@@ -31,7 +31,8 @@ from iscsifuse.cache.extent import Extent
 __all__ = ["BufferPool"]
 
 _FEWEST_SLOTS = 4
-_MOST_ASIDE = 24
+_MOST_ASIDE = 12
+"""Each takes at most 1 MiB, the longest request."""
 
 _Queue = OrderedDict[Extent, None]
 
@@ -55,6 +56,8 @@ class BufferPool:
         most_unsynced: with how many of these the caches begin to flush on their own.
         wanted: set when somebody waits for a slot; see ``notify``.
         aside: bounds the memory beside the arena: large reads past the cache, of all LUNs, under way at once.
+        scratch: for what doesn't lie side by side in the arena but has to, until the next checkpoint of whoever
+            puts it there; as long as was needed so far.
     """
 
     def __init__(self, size: int, *, slot_size: int = 256 * 1024) -> None:
@@ -64,6 +67,7 @@ class BufferPool:
         # Private: shared anonymous memory is shmem, whose page faults cost more.
         arena = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(arena)
+        self.scratch = memoryview(bytearray())
         self.evictions = self.unclean = self.unsynced = 0
         self.most_unclean = self.slots - max(2, self.slots // 4)
         self.most_unsynced = max(1, self.slots // 4)
@@ -189,6 +193,17 @@ class BufferPool:
             extent.queue = None
         del extent.home[extent.index]
         self._owners[extent.slot] = None
+
+    def gather(self, pieces: list[memoryview]) -> memoryview:
+        """The bytes of several pieces side by side, in ``scratch``."""
+        size = sum(map(len, pieces))
+        if len(self.scratch) < size:
+            self.scratch = memoryview(bytearray(size))
+        position = 0
+        for piece in pieces:
+            self.scratch[position : position + len(piece)] = piece
+            position += len(piece)
+        return self.scratch[:size]
 
     # -- what use tells about worth -----------------------------------------------------------------------------
 

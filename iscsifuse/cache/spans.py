@@ -117,7 +117,7 @@ class SpanReader:
         return missing, busy
 
     def _join(self, extents: list[Extent], offset: int, stop: int) -> Buffer:
-        """The bytes of a range that is valid: one slice if its extents lie side by side, else a copy."""
+        """The bytes of a range that is valid: one slice if its extents lie side by side, else a short-lived copy."""
         length = self._extent_length
         base = first = extents[0].index * length
         address = follows = extents[0].address
@@ -132,4 +132,4 @@ class SpanReader:
             base += length
         if side_by_side:
             return self._pool.view[address + offset - first : address + stop - first]
-        return bytearray().join(pieces)
+        return self._pool.gather(pieces)
