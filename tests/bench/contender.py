@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from bench import shell
+from bench.host import take_back_memory
 from bench.shell import ContenderError
 from bench.stage import Disk, Stage
 from support.cli import is_mounted
 
-__all__ = ["Contender", "FileContender", "Opened", "take_away", "wait_for_file"]
+__all__ = ["SPARE", "Contender", "FileContender", "Opened", "take_away", "wait_for_file"]
+
+SPARE = 128 << 20
+"""Bytes of memory that any work may take, besides what it reads and writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +46,16 @@ class Opened:
         """A command that may touch the files."""
         return [*self.prefix, *words]
 
-    def forget(self) -> None:
-        """Have the kernel drop what it has cached of the files.
+    def forget(self, *, room: int = 0) -> None:
+        """Have the kernel drop what it has cached of the files, and have ``room`` bytes free that are really there.
 
         A fresh mount has nothing there, so this is to be sure. Dropping all caches of the machine would be worse: the
         programs that are measured would be read from a disk within the measurement, and only the first time.
         """
         for path in self.paths:
             shell.run(self.command("dd", f"if={path}", "iflag=nocache", "count=0"), timeout=20)
+        if room:
+            take_back_memory(room)
 
 
 class Contender(ABC):

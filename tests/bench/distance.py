@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from bench import shell
-from bench.contender import Contender, FileContender
+from bench.contender import SPARE, Contender, FileContender
 from bench.contents import fill, require_pattern, require_same
 from bench.ours import Iscsifuse
 from bench.peers import Libiscsi
@@ -146,7 +146,7 @@ class Digests(Work):
             keys = contender.status(opened.path.parent)["sessions"][0]["keys"]
             if {keys["HeaderDigest"].lower(), keys["DataDigest"].lower()} != {digest}:
                 raise ContenderError(f"the session has not the digests that were asked for: {keys}")
-            opened.forget()
+            opened.forget(room=disk.size + SPARE)
             command = opened.command("dd", f"if={opened.path}", "of=/dev/null", "bs=1M", *count_bytes(disk.size))
             seconds = shell.run(command, timeout=self.patience).seconds
             if self.wants_check:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import mmap
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from support.process import sbin_path
 
-__all__ = ["adopt_orphans", "bury", "cpu_seconds", "describe", "peak_memory"]
+__all__ = ["adopt_orphans", "bury", "cpu_seconds", "describe", "peak_memory", "take_back_memory"]
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PR_SET_CHILD_SUBREAPER = 36
@@ -57,6 +58,15 @@ def peak_memory(pids: Iterable[int]) -> int:
         assert found is not None
         total += int(found[1]) * 1024
     return total
+
+
+def take_back_memory(size: int) -> None:
+    """Have the kernel get memory back from the host of this machine.
+
+    Memory that was free for two seconds may belong to the host (free page reporting). Who wants it next waits for the
+    host, which can take longer than all that is to be measured; and who that is, is chance.
+    """
+    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 def describe(qsd: Path | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bench import shell
-from bench.contender import Contender, FileContender, Opened
+from bench.contender import SPARE, Contender, FileContender, Opened
 from bench.contents import require_same
 from bench.shell import ContenderError, WrongBytesError
 from bench.work import SECONDS, Metric, Work
@@ -35,7 +35,9 @@ class LoopExt4(Work):
         inside.mkdir()
         try:
             with contender.open([disk]) as opened, contextlib.ExitStack() as stack:
-                opened.forget()
+                opened.forget(
+                    room=3 * self.stage.tarball.stat().st_size + SPARE
+                )  # two file systems, and a page cache
                 seconds = self._unpack(opened, inside, stack)
             self._compare(disk.backing, inside)
             self.was_checked = True
@@ -146,7 +148,7 @@ class Convert(Work):
         copy = self.stage.new_path("converted")
         try:
             with contender.open([disk], read_only=True) as opened:
-                opened.forget()
+                opened.forget(room=2 * disk.size + SPARE)
                 command: list[str | Path] = ["qemu-img", "convert", "-f", "raw", "-O", "raw", opened.path, copy]
                 seconds = shell.run(command, timeout=self.patience).seconds
             require_same(copy, disk.backing, disk.size, "qemu-img convert")

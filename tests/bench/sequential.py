@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import shell
-from bench.contender import Contender, FileContender, Opened
+from bench.contender import SPARE, Contender, FileContender, Opened
 from bench.contents import fill, require_pattern, require_same
 from bench.host import cpu_seconds, peak_memory
 from bench.peers import Libiscsi
@@ -50,7 +50,7 @@ class SequentialRead(Work):
         assert isinstance(contender, FileContender)
         disk = self.stage.data
         with contender.open([disk]) as opened:
-            opened.forget()
+            opened.forget(room=self._length + SPARE)
             cpu = cpu_seconds(opened.pids)
             words = [word.replace("FILE", str(opened.path)) for word in self._command]
             ran = shell.run(opened.command(*words), output=Path("/dev/null"), timeout=self.patience)
@@ -119,7 +119,7 @@ class SequentialWrite(Work):
             return {"rate": self._length / seconds / MB, "cpu": ran.cpu / self._length * GIB}
         assert isinstance(contender, FileContender)
         with contender.open([disk]) as opened:
-            opened.forget()
+            opened.forget(room=self._length + SPARE)
             cpu = cpu_seconds(opened.pids)
             words = ["dd", f"if={self.stage.data.backing}", f"of={opened.path}", f"bs={self._block}"]
             words += ["conv=fsync,notrunc", *self._flags, *count_bytes(self._length)]
@@ -167,7 +167,7 @@ class Readers(Work):
         disks = self.stage.four[: self._luns]
         quarter = self.stage.sizes.full // 4
         with contender.open(disks) as opened:
-            opened.forget()
+            opened.forget(room=4 * quarter + SPARE)
             paths = [opened.paths[number % self._luns] for number in range(4)]
             starts = [number * quarter for number in range(4)]
             commands = [
