@@ -34,7 +34,7 @@ __all__ = ["abort_connection", "keep_awake", "prepare_process", "tune_mount", "u
 
 log = logging.getLogger(__name__)
 
-KERNEL_READ_AHEAD = 1 << 20
+KERNEL_READ_AHEAD = 512 << 10
 """Bytes."""
 MAX_BACKGROUND = 256
 CONGESTION_THRESHOLD = 2 * MAX_BACKGROUND

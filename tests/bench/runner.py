@@ -1,7 +1,7 @@
 """The order of things: for each work, round after round, every contender in turn.
 
-Each round begins with another contender. Whoever comes first may have to pay for what all need: memory that was free
-for a while belongs to the host (``page_reporting``), and who wants it back waits for the host.
+Each round begins with another contender, and every other one goes backwards: whoever comes first, or after somebody
+who leaves much behind, may have to pay for that.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _PATIENCE = 2  # kinds of work at which a contender may hang; each time costs mi
 
 
 def run_work(work: Work, contenders: Sequence[Contender], rounds: int, results: Results) -> None:
-    """Measure one kind of work: A B C B C A ..., so that a machine that slows down does so for all.
+    """Measure one kind of work: A B C B A C C A B ..., so that a machine that slows down does so for all.
 
     A contender that fails isn't asked again; what it did until then is kept, with the reason. What is read is
     compared in the first round, and for iscsifuse in all of them; what is written, always.
@@ -43,8 +43,9 @@ def run_work(work: Work, contenders: Sequence[Contender], rounds: int, results: 
             _tell(f"{work.name}: could not be prepared: {error}")
             return
         for number in range(rounds):
-            first = number % len(taking)
-            for contender in taking[first:] + taking[:first]:
+            step = -1 if number % 2 else 1
+            for position in range(len(taking)):
+                contender = taking[(number + step * position) % len(taking)]
                 series = result.series[contender.name]
                 if series.failure is None:
                     work.wants_check = number == 0 or contender.is_ours

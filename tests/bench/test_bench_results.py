@@ -140,14 +140,15 @@ def test_contenders_take_turns_also_at_beginning_and_one_that_fails_is_not_asked
     stage = Stage(Sizes.for_run(quick=True, size=None), tmp_path)
     work = Diary(stage, {"b": WrongBytesError("at 7"), "c": ContenderError("it crashed")})
     found = Results({}, {})
-    run_work(work, [Named(stage, name) for name in ("a", "b", "stranger", "c", "d")], 2, found)
-    assert work.seen == [("a", True), ("b", True), ("c", True), ("d", True), ("d", False), ("a", False)]
+    run_work(work, [Named(stage, name) for name in ("a", "b", "stranger", "c", "d")], 3, found)
+    first = [("a", True), ("b", True), ("c", True), ("d", True)]
+    assert work.seen == [*first, ("a", False), ("d", False), ("d", False), ("a", False)]
     assert work.finished
     assert [(name, series.failure, series.wrong_bytes) for _, name, series in found.failures()] == [
         ("b", "at 7", True),
         ("c", "it crashed", False),
     ]
-    assert "diary, round 1 of 2: b: FAILED: at 7" in capsys.readouterr().err
+    assert "diary, round 1 of 3: b: FAILED: at 7" in capsys.readouterr().err
 
 
 # --- commands, and bytes ---

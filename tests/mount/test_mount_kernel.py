@@ -16,7 +16,7 @@ from iscsifuse.mount.mountinfo import MountEntry
 ENTRY = MountEntry(device="0:40", mountpoint="/mnt", fs_type="fuse.iscsifuse", source="x", options="ro")
 
 
-@pytest.mark.parametrize(("read_ahead", "kilobytes"), [(8 << 20, 1024), (128 << 10, 128), (0, 0)])
+@pytest.mark.parametrize(("read_ahead", "kilobytes"), [(8 << 20, 512), (128 << 10, 128), (0, 0)])
 def test_a_mount_is_tuned_where_the_kernel_lets_us(tmp_path: Path, read_ahead: int, kilobytes: int) -> None:
     bdi = tmp_path / "class/bdi/0:40"
     connection = tmp_path / "fs/fuse/connections/40"
