@@ -38,7 +38,7 @@ _ANSWER_LIMIT = 10.0
 _DEFAULT_STOP = 200.0
 _HURRY = 10.0
 _KILLED = 10.0
-_BURIED = 5.0
+_BURIED = 1.0
 _DYING = 1.0
 
 
@@ -264,7 +264,10 @@ def _is_zombie(pid: int) -> bool:
 
 
 def _wait_until_buried(pid: int) -> None:
-    """A dead process is seen until init has noticed; not by those who ask for it when this has returned."""
+    """A dead process is seen until init has noticed; not by those who ask for it when this has returned.
+
+    The first process of some containers never notices, hence not for long.
+    """
     deadline = time.monotonic() + _BURIED
     while time.monotonic() < deadline and _is_zombie(pid):
         time.sleep(0.005)
