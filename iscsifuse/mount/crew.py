@@ -16,8 +16,10 @@ its workers become fibres (`iscsifuse.fibres`) of one `Crew`::
 *One* task serves: it waits for the descriptor, hands each request to the latest idler (what that one touches is still
 in the processor's cache), and runs whoever was woken meanwhile. It asks poll(2) first: in a busy mount the next
 request is there already. Every few requests it makes a checkpoint nevertheless, so that a stream of hits can't starve
-the others. Where requests come one by one, and nothing else is going on, it looks for the next one for a moment
-before it goes to sleep (`Loop.glance`).
+the others. Where requests for data come one by one, and nothing else is going on, it looks for the next one for a
+moment before it goes to sleep (`Loop.glance`). Not after a program has opened or closed a file: what it does next
+takes long, and a processor that looks may slow down the one that works. (Sleuth Kit starts anew for each file, and
+opens the disk five times.)
 
 Invariants:
 
@@ -159,6 +161,9 @@ class _Carried:
 class Crew:
     """All workers of one `pyfuse3.main`, which takes this for a nursery.
 
+    Args:
+        moved: how many requests for data there were so far. None: all are.
+
     Attributes:
         loop: of the running event loop.
         idle: workers that wait for a request.
@@ -167,8 +172,10 @@ class Crew:
         nursery: for those who need a task.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, moved: Callable[[], int] | None = None) -> None:
         self.loop = Loop.current()
+        self._moved = moved
+        self._seen = 0  # of these
         self.idle: list[Worker] = []
         self.asleep = 0
         self.dozing: set[Worker] = set()
@@ -307,6 +314,11 @@ class Crew:
             worker.rouse()
 
     async def _wait_for_requests(self) -> None:
+        if self._moved is not None:
+            seen, self._seen = self._seen, self._moved()
+            if seen == self._seen:
+                await trio.lowlevel.wait_readable(self._fd)
+                return
         began = time.monotonic_ns()
         if not self.loop.under_way:
             limit = self._glance.limit
@@ -355,8 +367,8 @@ class _Trio:
     ClosedResourceError = trio.ClosedResourceError
     Lock = _NoLock
 
-    def __init__(self) -> None:
-        self._crew = Crew()
+    def __init__(self, moved: Callable[[], int] | None) -> None:
+        self._crew = Crew(moved)
         self.lowlevel = _LowLevel(self._crew)
 
     def open_nursery(self) -> Crew:
@@ -364,13 +376,16 @@ class _Trio:
 
 
 @contextmanager
-def workers_are_fibres() -> Iterator[None]:
+def workers_are_fibres(moved: Callable[[], int] | None = None) -> Iterator[None]:
     """Let one ``pyfuse3.main`` work with our stand-ins; they are taken back at the end.
+
+    Args:
+        moved: see `Crew`.
 
     Its ``min_tasks`` and ``max_tasks`` have to be the same number: a worker that ends means that all do.
     """
     before = pyfuse3.__dict__["trio"]
-    pyfuse3.__dict__["trio"] = _Trio()
+    pyfuse3.__dict__["trio"] = _Trio(moved)
     try:
         yield
     finally:

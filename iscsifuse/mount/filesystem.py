@@ -221,7 +221,7 @@ class _Mount:
     async def _serve_requests(self) -> None:
         try:
             with self._main:
-                await _serve_kernel()
+                await _serve_kernel(self._operations)
         except Exception as error:
             self._broken = error
             log.critical("the mount broke down", exc_info=error)
@@ -293,7 +293,7 @@ class _Mount:
         self._operations.refuse_reads()
         with trio.move_on_after(_RELEASE_LIMIT):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_serve_kernel)
+                nursery.start_soon(_serve_kernel, self._operations)
                 await self._invalidations.wait_done()
                 nursery.cancel_scope.cancel()
 
@@ -374,8 +374,8 @@ class _Mount:
         return entry if entry is not None and entry.device == self._device else None
 
 
-async def _serve_kernel() -> None:
-    with workers_are_fibres():
+async def _serve_kernel(operations: DiskOperations) -> None:
+    with workers_are_fibres(lambda: operations.moved):
         await pyfuse3.main(min_tasks=WORKERS, max_tasks=WORKERS)
 
 

@@ -439,6 +439,31 @@ async def test_nobody_looks_for_requests_while_a_command_is_under_way(
         kernel.ask(STOP)
 
 
+async def test_nobody_looks_for_requests_where_no_data_was_asked_for(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop.current()
+    looked = moved = 0
+
+    def glance(_fd: int, _limit: int) -> bool:
+        nonlocal looked
+        looked += 1
+        return False
+
+    monkeypatch.setattr(loop, "glance", glance)
+    async with trio.open_nursery() as nursery:
+        crew: Crew = await nursery.start(kernel.main)
+        crew._moved = lambda: moved
+        for count, expected in ((0, 0), (1, 1), (1, 0), (3, 1)):
+            await trio.testing.wait_all_tasks_blocked()
+            looked, moved = 0, count
+            crew._glance.limit = 1000  # each wait teaches it how long one takes here and now
+            kernel.ask(b"x")
+            await trio.testing.wait_all_tasks_blocked()
+            assert looked == expected
+        kernel.ask(STOP)
+
+
 def test_pyfuse3_gets_its_own_back() -> None:
     before = vars(pyfuse3)["trio"]
 
