@@ -414,53 +414,52 @@ async def test_workers_may_be_hired_while_it_runs(kernel: Kernel) -> None:
     assert kernel.ended == 3
 
 
+def looks_in_vain(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The limits, in nanoseconds, of all looks from now on; none of them finds anything."""
+    looks: list[int] = []
+
+    def glance(_fd: int, limit: int) -> bool:
+        looks.append(limit)
+        return False
+
+    monkeypatch.setattr(Loop.current(), "glance", glance)
+    return looks
+
+
 async def test_nobody_looks_for_requests_while_a_command_is_under_way(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = Loop.current()
-    looked = 0
-
-    def glance(_fd: int, _limit: int) -> bool:
-        nonlocal looked
-        looked += 1
-        return False
-
-    monkeypatch.setattr(loop, "glance", glance)
+    looks = looks_in_vain(monkeypatch)
     async with trio.open_nursery() as nursery:
         crew: Crew = await nursery.start(kernel.main)
         for under_way, expected in ((1, 0), (0, 1)):
             loop.under_way = under_way
             await trio.testing.wait_all_tasks_blocked()
-            looked = 0
+            looks.clear()
             crew._glance.limit = 1000  # each wait teaches it how long one takes here and now
             kernel.ask(b"x")
             await trio.testing.wait_all_tasks_blocked()
-            assert looked == expected
+            assert len(looks) == expected
         kernel.ask(STOP)
 
 
 async def test_nobody_looks_for_requests_where_no_data_was_asked_for(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = Loop.current()
-    looked = moved = 0
-
-    def glance(_fd: int, _limit: int) -> bool:
-        nonlocal looked
-        looked += 1
-        return False
-
-    monkeypatch.setattr(loop, "glance", glance)
+    looks = looks_in_vain(monkeypatch)
+    moved = 0
     async with trio.open_nursery() as nursery:
         crew: Crew = await nursery.start(kernel.main)
         crew._moved = lambda: moved
         for count, expected in ((0, 0), (1, 1), (1, 0), (3, 1)):
             await trio.testing.wait_all_tasks_blocked()
-            looked, moved = 0, count
+            looks.clear()
+            moved = count
             crew._glance.limit = 1000  # each wait teaches it how long one takes here and now
             kernel.ask(b"x")
             await trio.testing.wait_all_tasks_blocked()
-            assert looked == expected
+            assert len(looks) == expected
         kernel.ask(STOP)
 
 
