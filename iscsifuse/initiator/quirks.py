@@ -35,7 +35,11 @@ async def make_room_in_tgtd(nexus: Nexus, units: Iterable[LunDescription]) -> No
         nexus: a session with the target.
         units: some of its units. They tell what it is; the first one is asked.
 
+    An error is none of the caller's: the target is as slow as it was.
+
     Cancellation: leaves nothing behind.
+
+    Source: SPC-4 §6.33 (REPORT LUNS); mallopt(3), M_MMAP_THRESHOLD.
     """
     unit = next((unit for unit in units if unit.inquiry.vendor == _TGT_VENDOR), None)
     if unit is None:

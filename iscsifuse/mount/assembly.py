@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 LOOK_EVERY = 10.0
 """Seconds between two looks at disks that nobody may be using."""
 SCAN_PAUSE = 1.0
-"""Seconds between two scans of a target that keeps telling of changes."""
+"""Seconds between two answers to a target that keeps telling of changes."""
 _LOGINS_AT_ONCE = 16
 _LOGOUT_LIMIT = 10.0
 """Seconds for all sessions together to end."""
@@ -247,7 +247,7 @@ class _Assembler:
             await make_room_in_tgtd(nexus, target.disks.values())  # It may have been started anew.
             if self._plan.lun is None:
                 await self._look_for_more(nexus, target, caches)
-                await trio.sleep(SCAN_PAUSE)
+            await trio.sleep(SCAN_PAUSE)
 
     async def _look_for_more(self, nexus: Nexus, target: _Target, caches: trio.Nursery) -> None:
         """Offer the disks that are new."""

@@ -404,6 +404,30 @@ async def test_disks_are_looked_at_now_and_then(san: San, autojump_clock: MockCl
         assert san.scans == scans
 
 
+async def test_a_target_that_tells_of_a_change_whenever_it_is_asked_is_not_asked_all_the_time(
+    san: San,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,  # noqa: ARG001
+) -> None:
+    """Also where one LUN is mounted, and nothing is scanned."""
+    asked = 0
+
+    async def make_room_in_tgtd(nexus: Nexus, _: Iterable[Lun]) -> None:
+        nonlocal asked
+        asked += 1
+        assert asked < 100  # without pauses the clock would stand still
+        await trio.lowlevel.checkpoint()
+        for unit in nexus.units:
+            if unit.on_inventory is not None:
+                unit.on_inventory()
+
+    monkeypatch.setattr(assembly, "make_room_in_tgtd", make_room_in_tgtd)
+    san.targets = {NAMES[0]: [Lun(1)]}
+    async with assemble(only(NAMES[0], lun=1)):
+        await trio.sleep(10)
+        assert 1 < asked <= 10 / assembly.SCAN_PAUSE + 2
+
+
 @pytest.mark.conformance("B10")
 async def test_a_target_that_keeps_telling_of_changes_is_not_asked_all_the_time(
     san: San,
