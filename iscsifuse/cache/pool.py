@@ -195,7 +195,7 @@ class BufferPool:
         self._owners[extent.slot] = None
 
     def gather(self, pieces: list[memoryview]) -> memoryview:
-        """The bytes of several pieces side by side, in ``scratch``."""
+        """The bytes of several pieces side by side, in ``scratch``: theirs until the caller's next checkpoint."""
         size = sum(map(len, pieces))
         if len(self.scratch) < size:
             self.scratch = memoryview(bytearray(size))

@@ -207,8 +207,7 @@ class WriteBack:
         """Wait until it is worth looking again whether it is still ``full``.
 
         No await lies between the caller's look and the registration. Ends with the next completion of a write or of
-        a flush, of which at least one is on its way after ``pressure`` and ``want_flush``; or for
-        nothing.
+        a flush, of which at least one is on its way after ``pressure`` and ``want_flush``; or for nothing.
         """
         fibre = here.fibre
         if fibre is not None:
