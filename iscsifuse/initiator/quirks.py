@@ -28,22 +28,26 @@ matters."""
 _TGT_VENDOR = "IET"
 
 
-async def make_room_in_tgtd(nexus: Nexus, units: Iterable[LunDescription]) -> None:
+async def make_room_in_tgtd(nexus: Nexus, units: Iterable[LunDescription]) -> bool:
     """Let tgtd keep the memory of its commands; does nothing with other targets.
 
     Args:
         nexus: a session with the target.
         units: some of its units. They tell what it is; the first one is asked.
 
+    Returns:
+        Whether a target was asked. It has told of its LUNs then, so it doesn't tell any more that they had changed
+        before: whoever wants to know scans them.
+
     An error is none of the caller's: the target is as slow as it was.
 
     Cancellation: leaves nothing behind.
 
-    Source: SPC-4 §6.33 (REPORT LUNS); mallopt(3), M_MMAP_THRESHOLD.
+    Source: SPC-4 §6.33 (REPORT LUNS, which ends the unit attention 3Fh/0Eh); mallopt(3), M_MMAP_THRESHOLD.
     """
     unit = next((unit for unit in units if unit.inquiry.vendor == _TGT_VENDOR), None)
     if unit is None:
-        return
+        return False
     commander = Commander(
         nexus, address=unit.address, label=f"LUN {unit.lun} of {nexus.target_name}", limit=nexus.settings.timeout
     )
@@ -53,3 +57,4 @@ async def make_room_in_tgtd(nexus: Nexus, units: Iterable[LunDescription]) -> No
         await commander.run(cdbs.report_luns(allocation_length=ROOM), buffer_in=room)
     except IscsifuseError as error:
         log.debug("%s", error)
+    return True

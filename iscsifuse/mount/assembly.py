@@ -222,7 +222,6 @@ class _Assembler:
             for description in chosen:
                 await self._offer(nexus, target, description, caches)
             nexus.add_guard(target.on_session)
-            caches.start_soon(make_room_in_tgtd, nexus, chosen)
             caches.start_soon(self._watch, nexus, target, caches)
             self._settle(target)
             await self.closing.wait()
@@ -236,18 +235,22 @@ class _Assembler:
 
     async def _watch(self, nexus: Nexus, target: _Target, caches: trio.Nursery) -> None:
         """Keep an eye on what a target has; see the module."""
+        # What became new since the scan would be missed where this takes the notice of it away.
+        due = await make_room_in_tgtd(nexus, target.disks.values())
         while True:
+            if due:
+                if self._plan.lun is None:
+                    await self._look_for_more(nexus, target, caches)
+                await trio.sleep(SCAN_PAUSE)
             with trio.move_on_after(LOOK_EVERY):
                 await target.news.wait()
-            if not target.news.is_set():
+            due = target.news.is_set()
+            if due:
+                target.news = trio.Event()
+                await make_room_in_tgtd(nexus, target.disks.values())  # It may have been started anew.
+            else:
                 for unit in list(target.units):
                     await unit.look()
-                continue
-            target.news = trio.Event()
-            await make_room_in_tgtd(nexus, target.disks.values())  # It may have been started anew.
-            if self._plan.lun is None:
-                await self._look_for_more(nexus, target, caches)
-            await trio.sleep(SCAN_PAUSE)
 
     async def _look_for_more(self, nexus: Nexus, target: _Target, caches: trio.Nursery) -> None:
         """Offer the disks that are new."""

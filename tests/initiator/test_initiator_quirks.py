@@ -18,7 +18,7 @@ def unit(vendor: str, lun: int = 0) -> LunDescription:
 @jumping
 async def test_tgtd_gets_one_command_that_may_return_much() -> None:
     nexus = FakeNexus([LIST])
-    await make_room_in_tgtd(nexus.as_nexus(), [unit("IET", 3), unit("IET", 4)])
+    assert await make_room_in_tgtd(nexus.as_nexus(), [unit("IET", 3), unit("IET", 4)])
     assert nexus.cdbs == [cdbs.report_luns(allocation_length=ROOM)]
 
 
@@ -31,15 +31,15 @@ async def test_tgtd_may_be_behind_any_of_the_units() -> None:
         return LIST
 
     nexus = FakeNexus(answer)
-    await make_room_in_tgtd(nexus.as_nexus(), [unit("ACME", 1), unit("IET", 2)])
+    assert await make_room_in_tgtd(nexus.as_nexus(), [unit("ACME", 1), unit("IET", 2)])
     assert asked == [luns.encode(2)]
 
 
 @jumping
 async def test_other_targets_are_left_alone() -> None:
     nexus = FakeNexus([LIST])
-    await make_room_in_tgtd(nexus.as_nexus(), [unit("ACME"), unit("FreeBSD"), unit("LIO-ORG")])
-    await make_room_in_tgtd(nexus.as_nexus(), [])
+    assert not await make_room_in_tgtd(nexus.as_nexus(), [unit("ACME"), unit("FreeBSD"), unit("LIO-ORG")])
+    assert not await make_room_in_tgtd(nexus.as_nexus(), [])
     assert nexus.cdbs == []
 
 
@@ -48,7 +48,7 @@ def test_a_refusal_is_no_trouble(answer: Answer) -> None:
     @jumping
     async def run() -> None:
         nexus = FakeNexus([answer])
-        await make_room_in_tgtd(nexus.as_nexus(), [unit("IET")])
+        assert await make_room_in_tgtd(nexus.as_nexus(), [unit("IET")])
         assert len(nexus.cdbs) == 1
 
     run()

@@ -115,6 +115,7 @@ class San:
         self.slow: set[str] = set()
         self.scans = 0
         self.told: list[list[int]] = []
+        self.while_told: Callable[[], None] | None = None
 
     async def discover(self, portal: Portal, settings: SessionSettings) -> list[DiscoveredTarget]:
         assert portal == HERE
@@ -160,10 +161,13 @@ class San:
             raise content
         return [lun for lun in content if lun.lun not in without and (only is None or lun.lun in only)]
 
-    async def make_room_in_tgtd(self, nexus: Nexus, units: Iterable[Lun]) -> None:
+    async def make_room_in_tgtd(self, nexus: Nexus, units: Iterable[Lun]) -> bool:
         assert nexus is self.nexuses[nexus.target_name]
         await trio.lowlevel.checkpoint()
         self.told.append([unit.lun for unit in units])
+        if self.while_told is not None:
+            self.while_told()
+        return self.while_told is not None
 
 
 @pytest.fixture
@@ -371,6 +375,27 @@ async def test_a_lun_that_is_new_before_anybody_listens_is_there(
         assert [disk.lun for disk in made.disks] == [1, 2]
 
 
+@pytest.mark.parametrize(("lun", "shown"), [(None, [1, 2]), (1, [1])])
+@pytest.mark.expect_log("LUN 2 of .* is new")
+async def test_a_lun_that_is_new_when_a_command_takes_the_notice_away_is_there(
+    san: San,
+    autojump_clock: MockClock,  # noqa: ARG001
+    lun: int | None,
+    shown: list[int],
+) -> None:
+    """tgtd tells of no change that it had before it was asked for its LUNs, for whatever reason."""
+    san.targets = {NAMES[0]: [Lun(1)]}
+
+    def add() -> None:
+        san.targets = {NAMES[0]: [Lun(1), Lun(2)]}
+
+    san.while_told = add
+    async with assemble(only(NAMES[0], lun=lun)) as made:
+        await trio.sleep(0.01)
+        assert san.told == [[1]]
+        assert [disk.lun for disk in made.disks] == shown
+
+
 @pytest.mark.parametrize(
     ("plan", "shown"),
     [(replace(PLAN, luns=(1, 3)), [1, 3]), (only(NAMES[0], lun=1), [1]), (only(NAMES[0]), [1, 2, 3])],
@@ -412,7 +437,7 @@ async def test_a_target_that_tells_of_a_change_whenever_it_is_asked_is_not_asked
     """Also where one LUN is mounted, and nothing is scanned."""
     asked = 0
 
-    async def make_room_in_tgtd(nexus: Nexus, _: Iterable[Lun]) -> None:
+    async def make_room_in_tgtd(nexus: Nexus, _: Iterable[Lun]) -> bool:
         nonlocal asked
         asked += 1
         assert asked < 100  # without pauses the clock would stand still
@@ -420,6 +445,7 @@ async def test_a_target_that_tells_of_a_change_whenever_it_is_asked_is_not_asked
         for unit in nexus.units:
             if unit.on_inventory is not None:
                 unit.on_inventory()
+        return True
 
     monkeypatch.setattr(assembly, "make_room_in_tgtd", make_room_in_tgtd)
     san.targets = {NAMES[0]: [Lun(1)]}
