@@ -22,9 +22,11 @@ import trio
 
 from iscsifuse.cache.aside import LONGEST_STRAY, AsideReader
 from iscsifuse.cache.device import BlockDevice, EndOfDeviceError
+from iscsifuse.cache.distance import worth
 from iscsifuse.cache.extent import Geometry
 from iscsifuse.cache.file import BlockFile, Buffer
 from iscsifuse.cache.filling import Filler
+from iscsifuse.cache.pacing import Pacer
 from iscsifuse.cache.pool import BufferPool
 from iscsifuse.cache.prefetch import Prefetcher
 from iscsifuse.cache.readahead import ReadAhead
@@ -70,7 +72,14 @@ class BlockCache(BlockFile):
             want_flush=self._want_flush,
         )
         self._through = WriteThrough(filler=self._filler, write_back=self._write_back)
-        self._policy = ReadAhead(largest=settings.read_ahead, budget=pool.size // 2, extent=geometry.length)
+        pacer = Pacer()
+        self._policy = ReadAhead(
+            largest=settings.read_ahead,
+            budget=pool.size // 2,
+            extent=geometry.length,
+            worth=lambda: worth(device.latency, pacer.rate(device.latency)),
+            passed=self._filler.pass_over,
+        )
         self._reads_ahead = settings.read_ahead > 0
         self._observe = self._policy.observe
         self._prefetcher = Prefetcher(
@@ -78,6 +87,7 @@ class BlockCache(BlockFile):
             filler=self._filler,
             depth=settings.depth,
             block_count=lambda: device.block_count,
+            pacer=pacer,
         )
         self._watching = False
         self._flush_wanted = False

@@ -46,6 +46,11 @@ class BlockDevice(Protocol):
         ...
 
     @property
+    def latency(self) -> float:
+        """Seconds that its quickest command took, so what each of them takes at least; 0 if that isn't known."""
+        ...
+
+    @property
     def volatile(self) -> bool:
         """Whether what was written may be lost with the disk's power until it is flushed."""
         ...

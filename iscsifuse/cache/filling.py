@@ -50,6 +50,14 @@ class Filler:
         full = self._full if rest >= blocks else span(0, max(0, rest))
         return self.pool.allocate(self.extents, index, length=self.geometry.length, full=full, ahead=ahead)
 
+    def pass_over(self, start: int, stop: int) -> None:
+        """What was read ahead from byte ``start`` to ``stop - 1``, and nobody asked for, is worth nothing more."""
+        length = self.geometry.length
+        for index in range(start // length, stop // length):
+            extent = self.extents.get(index)
+            if extent is not None:
+                self.pool.pass_over(extent)
+
     def invalidate(self) -> None:
         """Drop all clean content, and that of the fills in flight."""
         self.generation += 1

@@ -12,6 +12,9 @@ Three times their product is allowed, less a constant, since little is enough fo
 us grows with each round trip, until the line is the limit; from then on the rest is a reserve. After a pause
 everything is measured anew.
 
+How wide the line is without its length is another question, and `Pacer.rate` answers it: what came, by the time it
+took besides the wait that each command has.
+
 The idea is that of TCP BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 14/5, 2016).
 """
 
@@ -28,6 +31,8 @@ FIRST = 8 << 20
 GAIN = 3.0
 PAUSE = 1.0
 """Seconds without a command after which the line may have become another one."""
+FADING = 1 / 16
+"""How much less each command counts than the next one, for `Pacer.rate`."""
 _UP = 0.5
 _DOWN = 0.0625
 
@@ -43,7 +48,7 @@ class Pacer:
         limit: no command shall begin while there are that many or more.
     """
 
-    __slots__ = ("_clock", "_delay", "_delivered", "_ended", "_rate", "limit", "under_way")
+    __slots__ = ("_came", "_clock", "_delay", "_delivered", "_ended", "_rate", "_seen", "_took", "limit", "under_way")
 
     def __init__(self, clock: Callable[[], float] = trio.current_time) -> None:
         self.under_way = 0
@@ -53,11 +58,17 @@ class Pacer:
         self._ended = 0.0
         self._delay = 0.0  # seconds; 0: unknown
         self._rate = 0.0  # bytes a second; 0: unknown
+        self._seen = self._took = self._came = 0.0  # commands, seconds, bytes; fading
 
     @property
     def has_room(self) -> bool:
         """Whether one more command may begin; always, where none is under way."""
         return self.under_way < self.limit
+
+    def rate(self, latency: float) -> float:
+        """Bytes a second of the line, if a command waits so many seconds however small it is; 0 if unknown."""
+        # Where the waits seem to be nearly all of it, all that is known is that the line is wide.
+        return self._came / max(self._took - latency * self._seen, self._took / 16) if self._took else 0.0
 
     def begin(self, size: int) -> tuple[float, int]:
         """A command of so many bytes begins; what is returned is for `end`."""
@@ -81,6 +92,10 @@ class Pacer:
             return
         if not self._delay or took < self._delay:
             self._delay = took
-        rate = (self._delivered - delivered) / took
+        came = self._delivered - delivered
+        self._seen += 1 - FADING * self._seen
+        self._took += took - FADING * self._took
+        self._came += came - FADING * self._came
+        rate = came / took
         self._rate += (_UP if rate > self._rate else _DOWN) * (rate - self._rate)
         self.limit = max(LEAST, int(GAIN * self._rate * self._delay) - LEAST)

@@ -223,6 +223,11 @@ class BufferPool:
                     self._move(next(iter(protected)), self._probation)
         extent.read_end = stop
 
+    def pass_over(self, extent: Extent) -> None:
+        """An extent that was read ahead won't be asked for any more."""
+        if extent.queue is self._ahead:
+            self._move(extent, self._probation)
+
     def settle(self, extent: Extent) -> None:
         """An extent has become clean."""
         if extent.queue is None:

@@ -41,6 +41,7 @@ class Prefetcher:
         filler: of the LUN.
         depth: commands in flight at once.
         block_count: how many blocks the device has now.
+        pacer: says how much may be under way, and learns from it.
 
     Attributes:
         commands: device reads that were started.
@@ -55,6 +56,7 @@ class Prefetcher:
         filler: Filler,
         depth: int,
         block_count: Callable[[], int],
+        pacer: Pacer,
     ) -> None:
         self.commands = self.arrived = self.failures = 0
         self._policy = policy
@@ -62,7 +64,7 @@ class Prefetcher:
         self._filler = filler
         self._block_count = block_count
         self._ranges: deque[_Range] = deque()
-        self._pacer = Pacer()
+        self._pacer = pacer
         self._workers = Workers(depth, take=self._take, work=self._read)
 
     def start(self, nursery: trio.Nursery) -> None:

@@ -11,7 +11,9 @@ several readers at the same time, in between random ones. Two tables, each least
   is the stream's too: it overtook, or was overtaken. Random requests can't push streams out, only other streams can.
 
 A stream that turns out to be full of holes (less than a quarter of what it has passed was asked for) is none: a file
-system check that hops from directory to directory shall not be given all that lies in between.
+system check that hops from directory to directory shall not be given all that lies in between. Unless the target is
+far away, where what lies in between costs less than one more round trip: see ``distance``, which also finds those who
+never were a stream.
 
 The window grows with the stream: it is as long as what was read so far, up to the setting, and up to this stream's
 share of the memory. So what is read in vain is never much more than what was read with profit. Read-ahead is issued
@@ -19,6 +21,10 @@ in steps: as soon as half a window, or ``STEP`` where that is less, has been con
 is filled up again. So a full-grown stream keeps nearly its whole window in flight or in memory all the time, instead
 of alternating between a full and a half one.
 """
+
+from collections.abc import Callable
+
+from iscsifuse.cache.distance import FAR, PLACE, SEEN, Leaps, Places
 
 __all__ = ["ReadAhead", "Stream"]
 
@@ -29,6 +35,8 @@ NEAR = 2 << 20
 SPARSE = 4
 STREAMS = 16
 CANDIDATES = 32
+LOOK_EVERY = 32
+"""Random requests between two looks at how far away the target is."""
 
 
 class Stream:
@@ -38,19 +46,22 @@ class Stream:
         end: byte after what was read.
         issued: byte up to which read-ahead was issued.
         begun: first byte of it.
+        behind: bytes behind ``end`` in which a request is taken for one that was overtaken.
         window: bytes that should lie between ``end`` and ``issued``.
         trigger: the ``end`` from which on the next step is due.
         passed: the ``end`` at the latest step.
         read: bytes that were asked for since then.
+        requests: for how many of them it was.
         dead: forgotten; what was issued for it and not begun yet is pointless.
     """
 
-    __slots__ = ("begun", "dead", "end", "issued", "passed", "read", "trigger", "window")
+    __slots__ = ("begun", "behind", "dead", "end", "issued", "passed", "read", "requests", "trigger", "window")
 
     def __init__(self, begun: int, end: int) -> None:
         self.begun = begun
+        self.behind = NEAR
         self.end = self.issued = self.trigger = self.passed = end
-        self.read = self.window = 0
+        self.read = self.requests = self.window = 0
         self.dead = False
 
 
@@ -70,15 +81,28 @@ class ReadAhead:
         largest: the largest window, in bytes; at least 1.
         budget: bytes that the windows of all streams may have together.
         extent: bytes in an extent; ranges end at extent boundaries where they can.
+        worth: how many bytes may be read in vain for a request that finds its data there; see ``distance``.
+        passed: told of ranges whose readers have passed them; what was read there in vain needn't be kept.
     """
 
-    def __init__(self, *, largest: int, budget: int, extent: int) -> None:
+    def __init__(
+        self,
+        *,
+        largest: int,
+        budget: int,
+        extent: int,
+        worth: Callable[[], int] = lambda: 0,
+        passed: Callable[[int, int], None] = lambda start, stop: None,  # noqa: ARG005
+    ) -> None:
         self._largest = largest
         self._budget = budget
         self._extent = extent
         self._streams: dict[int, Stream] = {}
         self._candidates: dict[int, _Candidate] = {}
         self._starts: dict[int, _Candidate] = {}
+        self._worth = worth
+        self._passed = passed
+        self._forget_afar()
 
     def observe(self, offset: int, end: int, *, size: int) -> tuple[Stream, int, int] | None:
         """A reader asks for the bytes ``offset`` to ``end - 1``.
@@ -96,6 +120,7 @@ class ReadAhead:
             return self._stray(offset, end, size)
         stream.end = end
         stream.read += end - offset
+        stream.requests += 1
         self._streams[end] = stream
         if end < stream.trigger:
             return None
@@ -114,20 +139,24 @@ class ReadAhead:
     def reset(self) -> None:
         """Forget everything: the medium has changed."""
         for stream in self._streams.values():
-            stream.dead = True
+            self._end(stream)
         self._streams.clear()
         self._candidates.clear()
         self._starts.clear()
+        self._forget_afar()
 
     def _advance(self, stream: Stream, size: int) -> tuple[Stream, int, int] | None:
         share = min(self._largest, self._budget // max(1, len(self._streams)))
         end = stream.end
-        if stream.read * SPARSE < end - stream.passed:
-            stream.dead = True
-            del self._streams[end]
-            return None
+        passed = end - stream.passed
+        if stream.read < passed:
+            self._passed(stream.passed, end)
+            if stream.read * SPARSE < passed and stream.requests * self._worth() < passed - stream.read:
+                self._end(stream)
+                del self._streams[end]
+                return None
         stream.passed = end
-        stream.read = 0
+        stream.read = stream.requests = 0
         window = stream.window = min(share, max(INITIAL, end - stream.begun))
         stream.trigger = end + max(1, min(window // 2, STEP))
         start = max(stream.issued, end)
@@ -146,10 +175,11 @@ class ReadAhead:
     def _stray(self, offset: int, end: int, size: int) -> tuple[Stream, int, int] | None:
         """A request that doesn't begin at a stream's end."""
         for key, stream in self._streams.items():
-            if key - NEAR <= offset <= key + NEAR:
+            if key - stream.behind <= offset <= key + NEAR:
                 del self._streams[key]
                 stream.end = max(key, end)
                 stream.read += end - offset
+                stream.requests += 1
                 self._streams[stream.end] = stream
                 return self._advance(stream, size) if stream.end >= stream.trigger else None
         candidate = self._candidates.pop(offset, None)
@@ -165,7 +195,10 @@ class ReadAhead:
                 # Near to nothing: a random request. The general way would end up here, too.
                 self._make_room()
                 self._candidates[end] = self._starts[offset] = _Candidate(offset, end)
-                return None
+                if not self._strays % LOOK_EVERY:  # There may be a hundred thousand of them in a second.
+                    self._is_far = self._worth() >= FAR
+                self._strays += 1
+                return self._from_afar(offset, end, size) if self._is_far else None
             else:
                 candidate = _Candidate(offset, end)
         after = self._starts.get(candidate.end)
@@ -182,9 +215,37 @@ class ReadAhead:
     def _promote(self, start: int, end: int, size: int) -> tuple[Stream, int, int] | None:
         stream = Stream(start, end)
         if len(self._streams) >= STREAMS:
-            self._streams.pop(next(iter(self._streams))).dead = True
+            self._end(self._streams.pop(next(iter(self._streams))))
         self._streams[end] = stream
         return self._advance(stream, size)
+
+    def _from_afar(self, offset: int, end: int, size: int) -> tuple[Stream, int, int] | None:
+        """A random request to a target for which a round trip is much."""
+        worth = self._worth()
+        begun = self._leaps.observe(offset, end, worth)
+        if begun is not None:
+            plan = self._promote(begun, end, size)
+            self._streams[end].behind = 0  # Whoever asks for something there is somebody else.
+            return plan
+        if self._largest < PLACE or self._budget < SEEN * PLACE:
+            return None
+        place = self._places.observe(offset, worth)
+        if place is None:
+            return None
+        left = self._places.left
+        if left is not None:
+            self._passed(left, left + PLACE)
+        return Stream(place, place), place, min(place + PLACE, size)
+
+    def _end(self, stream: Stream) -> None:
+        stream.dead = True
+        self._passed(stream.end, stream.issued)
+
+    def _forget_afar(self) -> None:
+        self._leaps = Leaps()
+        self._places = Places()
+        self._strays = 0
+        self._is_far = False
 
     def _remember(self, candidate: _Candidate) -> None:
         for other in (self._candidates.get(candidate.end), self._starts.get(candidate.start)):

@@ -127,6 +127,12 @@ class LogicalUnit:
         return max(LEAST_BURST, self._nexus.negotiated.max_burst_length)
 
     @property
+    def latency(self) -> float:
+        """Seconds that the quickest command of the session took; see ``BlockDevice``."""
+        latency = self._nexus.session.latency
+        return latency if latency < math.inf else 0.0
+
+    @property
     def volatile(self) -> bool:
         """Whether what was written may be lost until `flush`. Source: SBC-3 §6.5.5 (WCE)."""
         return self._has_volatile_cache

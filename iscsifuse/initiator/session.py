@@ -71,6 +71,7 @@ class Session:
         on_trouble: called for each command that ends with a status that isn't GOOD, in the order in which these
             arrive, before anybody who waits for one of them goes on. A plain call.
         unfinished: LUNs with writes that ended without a status: nobody knows whether the target is done with them.
+        latency: seconds that the quickest command took so far; infinite before there was one.
     """
 
     def __init__(self, login: LoggedIn, settings: SessionSettings, statistics: CommandStatistics) -> None:
@@ -88,6 +89,7 @@ class Session:
         self.takes_commands = True
         self.on_trouble: Callable[[Task], None] | None = None
         self.unfinished: set[bytes] = set()
+        self.latency = math.inf
         self._read_only = settings.read_only
         self._statistics = statistics
         self._loop = Loop.current()
@@ -397,6 +399,8 @@ class Session:
                     self.unfinished.add(task.lun)
             elif self.on_trouble is not None:
                 self.on_trouble(task)
+        elif now - task.started < self.latency:
+            self.latency = now - task.started
         self._loop.under_way -= 1
         waiter, task.waiter = task.waiter, None
         if isinstance(waiter, trio.lowlevel.Task):

@@ -21,6 +21,7 @@ class Instant:
         self.block_length = block_length
         self.block_count = size // block_length
         self.write_burst = 1 << 20
+        self.latency = 0.0
         self.volatile = False
         self._source = bytes(MIB) if copy else b""
         self.commands = 0

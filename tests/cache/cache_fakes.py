@@ -44,6 +44,7 @@ class FakeDevice:
     block_length: int = 512
     block_count: int = 1024
     write_burst: int = 1 << 20
+    latency: float = 0.0
     delay: Callable[[Command], float] | None = None
     gate: Callable[[Command], Awaitable[None]] | None = None
     fault: Callable[[Command], Exception | None] | None = None

@@ -93,3 +93,31 @@ def test_failures_teach_nothing() -> None:
     line.pacer.end(MIB, begun, well=False)
     assert line.pacer.limit == limit
     assert line.pacer.under_way == 0
+
+
+@pytest.mark.parametrize("size", [256 * 1024, MIB])
+@pytest.mark.parametrize(("delay", "rate"), [(0.025, 125e6), (0.025, 12.5e6), (0.005, 125e6), (0.1, 1e6)])
+def test_how_wide_a_line_is_can_be_told_from_how_long_it_is(delay: float, rate: float, size: int) -> None:
+    """From one command at a time, and from as many as are let."""
+    line = Line(delay=delay, rate=rate)
+    assert line.pacer.rate(delay) == 0
+    for _ in range(8):
+        begun = line.pacer.begin(size)
+        line.now += delay + size / rate
+        line.pacer.end(size, begun, well=True)
+    carrying = max(size / rate, (delay + size / rate) / 16)
+    assert line.pacer.rate(delay) == pytest.approx(size / carrying)
+    line.run(20, size=size)
+    assert 0.9 * rate < line.pacer.rate(delay) < 2 * rate
+    line.now += 10 * PAUSE
+    assert line.pacer.rate(delay)  # it is the line's, not the moment's
+
+
+def test_a_line_that_is_all_waiting_is_wide() -> None:
+    line = Line(delay=0.025, rate=1e12)
+    line.pacer.end(4096, line.pacer.begin(4096), well=True)
+    assert line.pacer.rate(0.025) == 0  # no time has passed
+    begun = line.pacer.begin(4096)
+    line.now += 0.025
+    line.pacer.end(4096, begun, well=True)
+    assert 0 < line.pacer.rate(0.025) < 1e8

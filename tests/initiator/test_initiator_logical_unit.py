@@ -1,3 +1,4 @@
+import math
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -235,6 +236,22 @@ def _note(seen: set[int], one: Any) -> bool:
     if one.pdu.OPCODE == Opcode.SCSI_COMMAND:
         seen.add(one.pdu.cdb[0])
     return False
+
+
+async def test_logical_unit_latency_is_that_of_the_quickest_command() -> None:
+    config = config_of(_disk(bad_blocks={7}))
+    slow = Rule(IN, match=has_cdb(0x28, 0x88), action=Delay(0.2), times=2)
+    config.script.add(slow)
+    async with _open(config) as (_, nexus, unit):
+        nexus.session.latency = math.inf
+        assert unit.latency == 0
+        with pytest.raises(MediumError):
+            await unit.read_into(memoryview(bytearray(512)), lba=7)
+        assert unit.latency == 0  # an error may have taken no trouble
+        await unit.read_into(memoryview(bytearray(512)), lba=0)
+        assert unit.latency > 0.15
+        await unit.read_into(memoryview(bytearray(512)), lba=1)
+        assert 0 < unit.latency < 0.15
 
 
 # --- flush ---

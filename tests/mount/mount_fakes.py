@@ -15,6 +15,7 @@ class MemoryDevice:
     def __init__(self, size: int) -> None:
         self.block_length = 512
         self.write_burst = 1 << 18
+        self.latency = 0.0
         self.volatile = False
         self.data = bytearray(size)
         self.flushes = 0

@@ -41,6 +41,7 @@ class RamDisk:
         self.block_length = block_length
         self.block_count = blocks
         self.write_burst = 1 << 18
+        self.latency = 0.0
         self.volatile = False
         self.data = bytearray(blocks * block_length)
         self.statistics = CommandStatistics()

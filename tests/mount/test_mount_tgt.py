@@ -9,7 +9,8 @@ import pytest
 
 from support.cli import Mounted, is_mounted, run_cli
 from support.disks import random_file, sparse
-from support.ports import wait_until
+from support.ports import HOST, wait_until
+from support.relay import Relay
 from support.tgt import TgtServer
 
 pytestmark = [pytest.mark.fuse, pytest.mark.tgt]
@@ -58,6 +59,32 @@ def test_bytes_arrive(tgt_server: TgtServer, folder: Path, point: Path) -> None:
     assert image.read_bytes() == data.read_bytes()
     with Mounted(tgt_server.url(NAME, 1), point, "-o", "direct_io") as mounted:
         subprocess.run(["cmp", data, mounted.lun(1)], check=True)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.005])
+def test_hops_are_read_ahead_where_the_target_is_far_away(
+    tgt_server: TgtServer, folder: Path, point: Path, delay: float
+) -> None:
+    """From directory to directory, say: each hop a round trip, or nearly none of them."""
+    image = random_file(folder / "image", 32 * MIB)
+    tgt_server.add_target(NAME)
+    tgt_server.add_lun(NAME, 1, image)
+    content = image.read_bytes()
+    hops = range(0, len(content), 128 << 10)
+    with (
+        Relay(tgt_server.port, delay=delay) as relay,
+        Mounted(f"iscsi://{HOST}:{relay.port}/{NAME}/1", point) as mounted,
+    ):
+        with mounted.lun(1).open("rb", buffering=0) as file:
+            for hop in hops:
+                assert os.pread(file.fileno(), 4096, hop) == content[hop : hop + 4096]
+        status = mounted.status_file()
+        (reads,) = (row["calls"] for row in status["commands"] if row["name"] == "READ(10)")
+        (ahead,) = (lun["cache"]["read_ahead_commands"] for lun in status["luns"])
+        if delay:
+            assert reads - ahead < len(hops) / 4
+        else:
+            assert (reads, ahead) == (len(hops), 0)
 
 
 def test_a_lun_on_a_file(tgt_server: TgtServer, folder: Path, tmp_path: Path) -> None:
