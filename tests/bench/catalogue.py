@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.contender import Contender
-from bench.distance import Digests, DigestsOfQuickTarget, FarRead, FarWrite
+from bench.distance import Digests, DigestsOfQuickTarget, FarList, FarRead, FarWrite
 from bench.footprint import Memory, MountTime
 from bench.ours import Iscsifuse, IscsifuseUser
 from bench.peers import Libiscsi, Nbdfuse, QemuStorageDaemon, Tmpfs
@@ -59,6 +59,7 @@ def all_works(stage: Stage) -> list[Work]:
         FsCheck(stage),
         Sha256(stage),
         *(kind(stage, round_trip) for round_trip in (0.005, 0.025) for kind in (FarRead, FarWrite)),
+        FarList(stage),
         Digests(stage),
         DigestsOfQuickTarget(stage),
         Memory(stage),

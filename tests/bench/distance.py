@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from bench import shell
 from bench.contender import SPARE, Contender, FileContender
@@ -12,14 +13,14 @@ from bench.contents import fill, require_pattern, require_same
 from bench.ours import Iscsifuse
 from bench.peers import Libiscsi
 from bench.sequential import count_bytes
-from bench.shell import ContenderError
+from bench.shell import ContenderError, WrongBytesError
 from bench.stage import Disk, Stage
-from bench.work import MB, RATE, Metric, Work, compare_with_backing
+from bench.work import MB, RATE, SECONDS, Metric, Work, compare_with_backing
 from support.disks import MIB
 from support.ports import HOST
 from support.relay import Relay
 
-__all__ = ["LINE", "Digests", "DigestsOfQuickTarget", "FarRead", "FarWrite"]
+__all__ = ["LINE", "Digests", "DigestsOfQuickTarget", "FarList", "FarRead", "FarWrite"]
 
 LINE = 125_000_000
 """Bytes per second of the line, one way: 1 Gbit/s."""
@@ -109,6 +110,36 @@ class FarWrite(_Far):
                 require_same(disk.backing, source, length, "writes")
                 self.was_checked = True
         return self.figures(length, seconds)
+
+
+class FarList(Work):
+    """The list of a quarter of the files of a file system, by Sleuth Kit: small reads, each a little further on."""
+
+    name = "far-25ms-fls"
+    title = "fls -r -m / of one directory, over 25 ms round trip, 1 Gbit/s"
+    metrics = (SECONDS,)
+
+    def prepare(self) -> None:
+        backing = self.stage.evidence.backing
+        top = shell.run(["fls", "-D", backing], timeout=self.patience).out
+        directories = dict(line.removeprefix("d/d ").split(":\t") for line in top.splitlines())
+        self._inode = next(inode for inode, name in directories.items() if name == "one")
+        self._expected = shell.run(self._command(backing), timeout=self.patience).out
+
+    def _command(self, image: Path) -> list[str | Path]:
+        return ["fls", "-r", "-m", "/", image, self._inode]
+
+    def measure(self, contender: Contender) -> Mapping[str, float]:
+        assert isinstance(contender, FileContender)
+        with Relay(self.stage.server.port, delay=0.0125, rate=LINE) as relay:
+            portal = f"{HOST}:{relay.port}"
+            with contender.open([self.stage.evidence], portal=portal, read_only=True) as opened:
+                opened.forget()
+                ran = shell.run(self._command(opened.path), timeout=self.patience)
+        if ran.out != self._expected:
+            raise WrongBytesError("fls lists something else")
+        self.was_checked = True
+        return {"time": ran.seconds}
 
 
 class Digests(Work):
