@@ -2,8 +2,8 @@
 
 ``block_file`` makes what a file system reads and writes; ``BlockFile`` is what it looks like, ``BufferPool`` the
 memory that all files of a mount share. How it works, from the bottom up: ``extent`` (what is known about a block),
-``pool`` (memory and eviction), ``filling``, ``readahead`` and ``prefetch``, ``writeback`` and ``errseq``,
-``through``, ``cache`` (which ties them together); ``rangelock`` and ``direct`` (no cache at all).
+``pool`` (memory and eviction), ``filling``, ``distance``, ``readahead`` and ``prefetch``, ``writeback`` and
+``errseq``, ``through``, ``cache`` (which ties them together); ``rangelock`` and ``direct`` (no cache at all).
 """
 
 from iscsifuse.cache.cache import BlockCache

@@ -239,7 +239,8 @@ class ReadAhead:
 
     def _end(self, stream: Stream) -> None:
         stream.dead = True
-        self._passed(stream.end, stream.issued)
+        if stream.issued > stream.end:
+            self._passed(stream.end, stream.issued)
 
     def _forget_afar(self) -> None:
         self._leaps = Leaps()

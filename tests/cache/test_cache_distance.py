@@ -24,6 +24,7 @@ from iscsifuse.cache.distance import (
     Places,
     worth,
 )
+from iscsifuse.cache.readahead import NEAR as NEAR_STREAM
 from iscsifuse.cache.readahead import ReadAhead, Stream
 
 KIB = 1024
@@ -185,6 +186,17 @@ def test_what_a_dead_stream_had_read_ahead_is_given_up() -> None:
     reader.policy.reset()
     assert stream.dead
     assert reader.passed == [(stream.end, stream.issued)]
+
+
+def test_a_stream_that_leaps_out_of_its_window_gives_up_what_it_leapt_over_and_no_more() -> None:
+    reader = Reader(0)
+    reader.read([(offset, 128 * KIB) for offset in range(0, MIB, 128 * KIB)])
+    (stream,) = reader.streams
+    end = stream.issued + NEAR_STREAM // 2
+    reader.passed.clear()
+    reader.read([(end - 4 * KIB, 4 * KIB)])
+    assert stream.dead
+    assert reader.passed == [(stream.passed, end)]
 
 
 def neighbours(seed: int) -> list[tuple[int, int]]:
