@@ -41,6 +41,16 @@ def bury(pid: int) -> None:
     threading.Thread(target=wait, name=f"bury-{pid}", daemon=True).start()
 
 
+def running_with(argument: Path) -> list[int]:
+    """The processes that have this argument; one that is dead has none any more."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(argument) in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
 def cpu_seconds(pids: Iterable[int]) -> float:
     """User and system time of these processes and all their threads, so far."""
     total = 0

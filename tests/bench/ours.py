@@ -18,7 +18,7 @@ from typing import Any
 import iscsifuse
 from bench import shell
 from bench.contender import FileContender, Opened, take_away
-from bench.host import bury
+from bench.host import bury, running_with
 from bench.shell import ContenderError
 from bench.stage import Disk, Stage
 from support.ports import wait_until
@@ -98,16 +98,26 @@ class Iscsifuse(FileContender):
     def remove(self, point: Path, pid: int | None) -> None:
         """By force, if ``umount`` didn't do it."""
         take_away(point)
-        if pid is not None and is_alive(pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if pid is None:
+            # It was interrupted, or it failed. A daemon that nobody waits for any more ends, but not at once.
             with contextlib.suppress(TimeoutError):
-                wait_until(lambda: not is_alive(pid), timeout=5, what="the daemon to die")
+                wait_until(lambda: not running_with(point), timeout=10, what="the daemon to end")
+            take_away(point)
+        for left in running_with(point) if pid is None else [pid]:
+            _kill(left)
         with contextlib.suppress(OSError):
             point.rmdir()
 
     def _cli(self, *arguments: str | Path, timeout: float) -> shell.Ran:
         return shell.run([*self.prefix, *self.program, *arguments], timeout=timeout)
+
+
+def _kill(pid: int) -> None:
+    if is_alive(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not is_alive(pid), timeout=5, what="the daemon to die")
 
 
 class IscsifuseUser(Iscsifuse):

@@ -76,7 +76,10 @@ def bench(memory: Path, folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 # The same as others, with another number.
-ALIKE = {*(f"random-{verb}-{depth}" for verb in ("read", "write") for depth in (1, 16)), "far-25ms-write", "mount-16"}
+ALIKE = {
+    *(f"random-{verb}-{depth}" for verb in ("read", "write") for depth in (1, 16)),
+    *("far-25ms-read", "far-25ms-write", "mount-16"),
+}
 
 
 @pytest.mark.parametrize("left_out", [ALIKE, pytest.param(set(), marks=pytest.mark.slow)], ids=["kinds", "all"])

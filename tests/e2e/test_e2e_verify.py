@@ -50,7 +50,7 @@ def settled(mounted: Mounted) -> dict[str, Any]:
 
 
 @pytest.mark.capture
-@pytest.mark.parametrize("mib", [3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mib", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_fio_verifies_and_the_dissector_counts_the_same(
     store: Store, tmp_path: Path, start_capture: Callable[[int], Capture], mib: int
 ) -> None:
@@ -69,7 +69,7 @@ def test_fio_verifies_and_the_dissector_counts_the_same(
     assert {code: times[code] for code in (0x28, 0x2A, 0x35)} == {code: answered[code] for code in (0x28, 0x2A, 0x35)}
 
 
-@pytest.mark.parametrize("mib", [3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mib", [1, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [("-o", "write=through"), ("-o", "direct_io"), ("-o", "cache_size=2M")])
 def test_fio_verifies_with_other_caches(store: Store, tmp_path: Path, options: tuple[str, ...], mib: int) -> None:
     with Mounted(store.server.url(ONE), tmp_path / "m", "--rw", *options) as mounted:
