@@ -30,6 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--at-least", type=int, default=0, metavar="N", help="go on until there were so many faults")
     parser.add_argument("--faults", type=_kinds, default=KINDS, metavar="KIND,…", help="these kinds only")
     parser.add_argument("--list", action="store_true", help="say which kinds there are, and end")
+    parser.add_argument(
+        "--distance", type=float, default=0.0, metavar="MS", help="milliseconds of a round trip to the target"
+    )
     parser.add_argument("--options", default="", metavar="LIST", help="more options of the mount, as after -o")
     parser.add_argument("--short", action="store_true", help="small disks, for a run of seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         sizes = Sizes.short() if options.short else Sizes()
         try:
-            with World(folder.resolve(), sizes, options=options.options) as world:
+            with World(folder.resolve(), sizes, options=options.options, distance=options.distance / 1000) as world:
                 campaign = Campaign(world, options.faults, seed=options.seed)
                 report = campaign.run(options.minutes * 60, faults=options.at_least)
         except KeyboardInterrupt:

@@ -63,6 +63,12 @@ def run(*command: str | Path, timeout: float = 120, check: bool = True) -> subpr
 class World:
     """All that is under the loads; a context manager that leaves nothing behind.
 
+    Args:
+        folder: for everything.
+        sizes: of the disks.
+        options: more of them for the mount, as after -o.
+        distance: seconds of a round trip to the target.
+
     Attributes:
         server: the target.
         relay: what the connection goes through.
@@ -70,11 +76,12 @@ class World:
         inside: where the file system is mounted.
     """
 
-    def __init__(self, folder: Path, sizes: Sizes, *, options: str = "") -> None:
+    def __init__(self, folder: Path, sizes: Sizes, *, options: str = "", distance: float = 0.0) -> None:
         self.folder = folder
         self.sizes = sizes
         self.inside = folder / "inside"
         self._options = options
+        self._distance = distance
         self._device = ""
 
     def __enter__(self) -> Self:
@@ -89,7 +96,7 @@ class World:
                 (EXT4, "ext4", self.sizes.ext4),
             ):
                 self.server.add_lun(TARGET, lun, sparse(self.backing(name), size), serial=f"CHAOS{lun}")
-            self.relay = stack.enter_context(Relay(self.server.port))
+            self.relay = stack.enter_context(Relay(self.server.port, delay=self._distance / 2))
             options = f"cache_size={self.sizes.cache // MIB}M,reconnect_timeout=120,{self._options}".rstrip(",")
             url = f"iscsi://127.0.0.1:{self.relay.port}/{TARGET}?header_digest=crc32c&data_digest=crc32c"
             self.mounted = stack.enter_context(Mounted(url, self.folder / "m", "--rw", "-o", options, timeout=200))
