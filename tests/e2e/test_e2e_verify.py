@@ -70,7 +70,14 @@ def test_fio_verifies_and_the_dissector_counts_the_same(
 
 
 @pytest.mark.parametrize("mib", [1, pytest.param(12, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", [("-o", "write=through"), ("-o", "direct_io"), ("-o", "cache_size=2M")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-o", "write=through"),
+        pytest.param(("-o", "direct_io"), marks=pytest.mark.slow),
+        ("-o", "cache_size=2M"),
+    ],
+)
 def test_fio_verifies_with_other_caches(store: Store, tmp_path: Path, options: tuple[str, ...], mib: int) -> None:
     with Mounted(store.server.url(ONE), tmp_path / "m", "--rw", *options) as mounted:
         fio(mounted.lun(2), "--bsrange=512-256k", "--bs_unaligned", "--ioengine=psync", mib=mib)
