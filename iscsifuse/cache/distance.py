@@ -31,7 +31,9 @@ file system check, which has several requests under way, was slower with all thi
 PROOF = 4
 """Leaps that make a reader one who leaps. So many in a row by chance, each into one of the ways below: never."""
 LONGEST = 2 << 20
+"""Bytes of a leap: from the end of one request to the beginning of the next."""
 READERS = 8
+"""How many may be about to prove themselves in a LUN."""
 
 PLACE = 2 << 20
 """Bytes of a neighbourhood."""
@@ -72,6 +74,11 @@ class Leaps:
     def observe(self, offset: int, end: int, worth: int) -> int | None:
         """A request that continues nothing, for the bytes ``offset`` to ``end - 1``.
 
+        Args:
+            offset: first byte.
+            end: byte after the last one.
+            worth: bytes that it is worth; see the module.
+
         Returns:
             Where the reader began whose leap this was, if it has proven itself; it is forgotten here then.
         """
@@ -107,6 +114,10 @@ class Places:
 
     def observe(self, offset: int, worth: int) -> int | None:
         """A request that continues nothing, and leaps nowhere.
+
+        Args:
+            offset: its first byte.
+            worth: bytes that it is worth; see the module.
 
         Returns:
             First byte of the place that is to be read as a whole.
