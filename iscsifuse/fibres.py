@@ -6,7 +6,7 @@ the price of a call. pyfuse3's workers are such fibres (`iscsifuse.mount.crew`);
 (write-back, read-ahead, login), and needn't know which of the two runs it, but for one rule.
 
 **The rule.** trio knows tasks only: a cancel scope that a fibre opened would be that of whichever task happens to
-call it. So a fibre awaits `sleep`, `doze`, or something that keeps this rule itself, and nothing else of trio's
+call it. So a fibre awaits `Asleep`, `doze`, or something that keeps this rule itself, and nothing else of trio's
 before it has awaited `own_task`. From then on, until its request is answered, it runs in a task of its own and does
 what it likes. Time may have passed when `own_task` returns: whoever has looked at something before looks again.
 
@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Generator
 from typing import Protocol
 
-__all__ = ["DOZE", "OWN_TASK", "SLEEP", "Fibre", "doze", "here", "own_task", "run_ready", "sleep"]
+__all__ = ["DOZE", "OWN_TASK", "SLEEP", "Asleep", "Fibre", "doze", "here", "own_task", "run_ready"]
 
 SLEEP = "sleep"
 DOZE = "doze"
@@ -67,18 +67,31 @@ class _Trap:
         yield self._word
 
 
-_SLEEP = _Trap(SLEEP)
 _DOZE = _Trap(DOZE)
 _OWN_TASK = _Trap(OWN_TASK)
 
 
-async def sleep() -> None:
-    """For a fibre (see ``here``): stop until its `Fibre.wake` is called. Can't be cancelled."""
-    await _SLEEP
+class _Ending(Protocol):
+    """What ends some time, and then has somebody's `Fibre.wake` called."""
+
+    done: bool
+
+
+class Asleep:
+    """Awaited by a fibre (see ``here``): stop until something is done. Can't be cancelled."""
+
+    __slots__ = ("_ending",)
+
+    def __init__(self, ending: _Ending) -> None:
+        self._ending = ending
+
+    def __await__(self) -> Generator[str, None, None]:
+        while not self._ending.done:
+            yield SLEEP
 
 
 async def doze() -> None:
-    """Like `sleep`, but it may return for nothing, and then in a task: in which whoever waits on can be cancelled."""
+    """Until `Fibre.wake`, or for nothing, and then in a task: in which whoever waits on can be cancelled."""
     await _DOZE
 
 

@@ -158,7 +158,7 @@ pick_python() {
 
 # What .venv depends on: a change of any of these fills it anew.
 venv_key() {
-    { cat "$TOP/pyproject.toml"; "$VENV/bin/python" -VV; printf '%s\n' "$VENV"; } | sha256sum | cut -d' ' -f1
+    { cat "$TOP/pyproject.toml" "$TOP"/iscsifuse/*.c; "$VENV/bin/python" -VV; printf '%s\n' "$VENV"; } | sha256sum | cut -d' ' -f1
 }
 
 venv_is_sound() {

@@ -226,17 +226,16 @@ class BlockCache(BlockFile):
         if end > self._extent_length:
             return await self._read_span(offset, stop)
         # One extent, which is what most requests are: hit, or a miss of one run, with as few steps as possible.
-        wanted = (1 << -(-end // block)) - (1 << start // block)
         extent = self._extents.get(index)
+        if extent is None and stop - offset <= LONGEST_STRAY and self._aside.is_stray(index):
+            self._misses += 1
+            return await self._aside.read(offset, stop)
+        wanted = (1 << -(-end // block)) - (1 << start // block)
         if extent is None:
-            aside = self._aside
-            if stop - offset <= LONGEST_STRAY and aside.is_stray(index):
-                self._misses += 1
-                return await aside.read(offset, stop)
             extent = self._filler.allocate(index)
             if extent is None:
                 self._misses += 1
-                return await aside.read_in_turn(offset, stop)
+                return await self._aside.read_in_turn(offset, stop)
             missing = wanted
         else:
             missing = wanted & ~extent.valid

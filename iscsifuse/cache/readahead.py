@@ -25,6 +25,7 @@ of alternating between a full and a half one.
 from collections.abc import Callable
 
 from iscsifuse.cache.distance import FAR, PLACE, SEEN, Leaps, Places
+from iscsifuse.quick import known, note_stray
 
 __all__ = ["ReadAhead", "Stream"]
 
@@ -39,6 +40,7 @@ LOOK_EVERY = 32
 """Random requests between two looks at how far away the target is."""
 
 
+@known
 class Stream:
     """A sequential reader.
 
@@ -65,7 +67,8 @@ class Stream:
         self.dead = False
 
 
-class _Candidate:
+@known
+class Candidate:
     __slots__ = ("continued", "end", "start")
 
     def __init__(self, start: int, end: int) -> None:
@@ -98,8 +101,8 @@ class ReadAhead:
         self._budget = budget
         self._extent = extent
         self._streams: dict[int, Stream] = {}
-        self._candidates: dict[int, _Candidate] = {}
-        self._starts: dict[int, _Candidate] = {}
+        self._candidates: dict[int, Candidate] = {}
+        self._starts: dict[int, Candidate] = {}
         self._worth = worth
         self._passed = passed
         self._forget_afar()
@@ -115,6 +118,10 @@ class ReadAhead:
         Returns:
             What to read ahead now: the stream, the first byte, the byte after the last one; None for nothing.
         """
+        if note_stray is not None and note_stray(
+            self._streams, self._candidates, self._starts, offset, end, NEAR, CANDIDATES
+        ):
+            return self._noted(offset, end, size)
         stream = self._streams.pop(offset, None)
         if stream is None:
             return self._stray(offset, end, size)
@@ -194,13 +201,10 @@ class ReadAhead:
             elif end not in self._candidates and offset not in self._starts and end not in self._starts:
                 # Near to nothing: a random request. The general way would end up here, too.
                 self._make_room()
-                self._candidates[end] = self._starts[offset] = _Candidate(offset, end)
-                if not self._strays % LOOK_EVERY:  # There may be a hundred thousand of them in a second.
-                    self._is_far = self._worth() >= FAR
-                self._strays += 1
-                return self._from_afar(offset, end, size) if self._is_far else None
+                self._candidates[end] = self._starts[offset] = Candidate(offset, end)
+                return self._noted(offset, end, size)
             else:
-                candidate = _Candidate(offset, end)
+                candidate = Candidate(offset, end)
         after = self._starts.get(candidate.end)
         if after is not None and after is not candidate:
             self._forget(after)
@@ -211,6 +215,13 @@ class ReadAhead:
             return self._promote(candidate.start, candidate.end, size)
         self._remember(candidate)
         return None
+
+    def _noted(self, offset: int, end: int, size: int) -> tuple[Stream, int, int] | None:
+        """A random request has become a candidate."""
+        if not self._strays % LOOK_EVERY:  # There may be a hundred thousand of them in a second.
+            self._is_far = self._worth() >= FAR
+        self._strays += 1
+        return self._from_afar(offset, end, size) if self._is_far else None
 
     def _promote(self, start: int, end: int, size: int) -> tuple[Stream, int, int] | None:
         stream = Stream(start, end)
@@ -248,7 +259,7 @@ class ReadAhead:
         self._strays = 0
         self._is_far = False
 
-    def _remember(self, candidate: _Candidate) -> None:
+    def _remember(self, candidate: Candidate) -> None:
         for other in (self._candidates.get(candidate.end), self._starts.get(candidate.start)):
             if other is not None:
                 self._forget(other)
@@ -263,7 +274,7 @@ class ReadAhead:
             if starts.get(oldest.start) is oldest:
                 del starts[oldest.start]
 
-    def _forget(self, candidate: _Candidate) -> None:
+    def _forget(self, candidate: Candidate) -> None:
         """Take a candidate out of both tables, where it is (still) the one that stands there."""
         if self._candidates.get(candidate.end) is candidate:
             del self._candidates[candidate.end]

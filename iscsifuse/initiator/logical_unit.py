@@ -155,11 +155,13 @@ class LogicalUnit:
         blocks = len(buffer) // length
         if blocks <= self._max_blocks:
             # The usual case in few steps: one plain call, one sleep. `Commander` is for all others.
-            cdb = cdbs.read(lba=lba, blocks=blocks)
             started = None
             queue = self._queue
             if not queue.limited:
-                started = self._nexus.start(cdb, lun=self._address, buffer_in=buffer, exact=True)
+                started = self._nexus.start_read(buffer, lun=self._address, lba=lba, blocks=blocks)
+                if started is None:
+                    cdb = cdbs.read(lba=lba, blocks=blocks)
+                    started = self._nexus.start(cdb, lun=self._address, buffer_in=buffer, exact=True)
             if started is not None:
                 session, task = started
                 queue.under_way += 1
@@ -170,6 +172,7 @@ class LogicalUnit:
                 queue.note(task)
                 queue.left()
             await own_task()
+            cdb = started[1].cdb if started else cdbs.read(lba=lba, blocks=blocks)
             await self._carry_on(cdb, started, lba=lba, buffer_in=buffer)
             return
         await own_task()

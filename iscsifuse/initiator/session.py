@@ -9,7 +9,8 @@ from or write into the command's memory, so `execute` ends only with the status,
 the session (each of which is sure to come).
 
 **Everything else** has a module of its own: whether the target is there (`liveness`), what it says besides how
-commands end (`notices`), the logout (`farewell`), ABORT TASK SET (`clearing`), what waits to be sent (`backlog`).
+commands end (`notices`), the logout (`farewell`), ABORT TASK SET (`clearing`), what waits to be sent (`backlog`), and
+how a command is waited for (`waiting`).
 
 Source: RFC 7143 §4.2, §7.
 """
@@ -17,28 +18,28 @@ Source: RFC 7143 §4.2, §7.
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import trio
 
 from iscsifuse.errors import IscsifuseError, ReadOnlyError, SessionLostError
-from iscsifuse.fibres import Fibre, here, run_ready, sleep
+from iscsifuse.fibres import run_ready
 from iscsifuse.initiator.backlog import check_backlog
 from iscsifuse.initiator.clearing import ABORT_LIMIT, Clearing
 from iscsifuse.initiator.deadlines import Deadlines
 from iscsifuse.initiator.farewell import Farewell
 from iscsifuse.initiator.liveness import Liveness
 from iscsifuse.initiator.login import LoggedIn
-from iscsifuse.initiator.loop import Glance, Loop
+from iscsifuse.initiator.loop import Loop
 from iscsifuse.initiator.notices import Notices
 from iscsifuse.initiator.settings import SessionSettings
 from iscsifuse.initiator.statistics import CommandStatistics
+from iscsifuse.initiator.waiting import Waiting
 from iscsifuse.iscsi.connection import Connection
 from iscsifuse.iscsi.incoming import Event
 from iscsifuse.iscsi.tasks import Task
+from iscsifuse.quick import end_reads
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi.allow import is_harmless
 
@@ -48,9 +49,6 @@ log = logging.getLogger(__name__)
 
 _TICK = 1.0
 _RECEIVES_PER_TURN = 16
-_QUICK = 64 * 1024  # bytes of a command whose answer may be there before we could fall asleep
-_LONGEST_GLANCE = 250_000  # nanoseconds to look for it
-_GLANCES_IN_A_ROW = 32
 _GOOD = 0
 
 
@@ -71,6 +69,7 @@ class Session:
         on_trouble: called for each command that ends with a status that isn't GOOD, in the order in which these
             arrive, before anybody who waits for one of them goes on. A plain call.
         unfinished: LUNs with writes that ended without a status: nobody knows whether the target is done with them.
+        until_done: see `Waiting`.
         latency: seconds that the quickest command took so far; infinite before there was one.
     """
 
@@ -93,9 +92,7 @@ class Session:
         self._read_only = settings.read_only
         self._statistics = statistics
         self._loop = Loop.current()
-        self._glance = Glance(_LONGEST_GLANCE)
         self._now = trio.lowlevel.current_clock().current_time  # trio.current_time() in one step
-        self._glances = 0
         self._early = login.received
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
@@ -106,6 +103,7 @@ class Session:
         self._notices = Notices(
             deadlines=self._deadlines, clearing=self.clearing, farewell=self._farewell, leave=self._leave
         )
+        self.until_done = Waiting(self.transport, receive=self._receive, fail=self.fail).until_done
         self.transport.on_broken = self.fail
         self.transport.reset_on_close()
 
@@ -181,46 +179,20 @@ class Session:
             self.transport.send_soon(output)
         return task
 
-    async def until_done(self, task: Task) -> None:
-        """Wait until a task that was started has ended.
+    def start_read(self, buffer: memoryview, *, lun: bytes, lba: int, blocks: int) -> Task | None:
+        """`start` for the usual READ(10), in fewer steps; None where only `start` will do, and nothing has happened.
 
-        Cancellation: is not delivered before; see `execute`.
+        It is exact, and harmless. Its arguments: see `Connection.start_read`.
         """
-        if task.done:
-            return
-        alone = self._loop.under_way == 1 and task.expected <= _QUICK
-        if alone:
-            limit = self._glance.limit
-            self._glances += 1
-            # Every now and then the others have their turn, however quickly answers come.
-            if limit and self._glances % _GLANCES_IN_A_ROW and self._look_for(task, limit):
-                return
-            began = time.monotonic_ns()
-        # Invariant: nothing is awaited between the look at ``done`` and the sleep: the reader can't finish it unseen.
-        fibre = here.fibre
-        if fibre is not None:
-            task.waiter = fibre
-            while not task.done:
-                await sleep()
-        else:
-            task.waiter = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(_not_now)
-        if alone:
-            self._glance.learn(time.monotonic_ns() - began)
-
-    def _look_for(self, task: Task, limit: int) -> bool:
-        """Receive in the reader's place for a moment; whether the task is done now. See `Loop.glance`.
-
-        The reader sleeps meanwhile. It is woken only by what is still there when we have looked.
-        """
-        transport = self.transport
-        transport.send_now()
-        try:
-            while not task.done and transport.glance(limit):
-                self._receive()
-        except IscsifuseError as error:
-            self.fail(error)
-        return task.done
+        if not self.takes_commands:
+            return None
+        started = self.connection.start_read(buffer, lun=lun, lba=lba, blocks=blocks, started=self._now())
+        if started is None:
+            return None
+        self._loop.under_way += 1
+        task, header = started
+        self.transport.send_soon((header,))
+        return task
 
     def settle(self, task: Task) -> Task:
         """The last part of `execute`: the task, if it has a status; else its error is raised."""
@@ -363,6 +335,10 @@ class Session:
         """Act on events. Tasks come first: no exception of the others may leave one of them asleep."""
         others: list[Event] = []
         now = self._now()
+        if end_reads is not None:
+            ended, quickest, events = end_reads(events, self._statistics.by_kind, now)
+            self._loop.under_way -= ended
+            self.latency = min(self.latency, quickest)
         for event in events:
             if isinstance(event, Task):
                 self._end(event, now)
@@ -403,12 +379,5 @@ class Session:
             self.latency = now - task.started
         self._loop.under_way -= 1
         waiter, task.waiter = task.waiter, None
-        if isinstance(waiter, trio.lowlevel.Task):
-            trio.lowlevel.reschedule(waiter)
-        elif waiter is not None:
-            cast("Fibre", waiter).wake()
-
-
-def _not_now(_: object) -> trio.lowlevel.Abort:
-    """A cancellation has to wait until the command has ended."""
-    return trio.lowlevel.Abort.FAILED
+        if waiter is not None:
+            waiter()

@@ -7,6 +7,7 @@ were lost with their session are not calls; they are counted apart.
 from dataclasses import dataclass, field
 
 from iscsifuse.iscsi.tasks import Task
+from iscsifuse.quick import known
 from iscsifuse.scsi import cdb as cdbs
 
 __all__ = ["CommandRow", "CommandStatistics"]
@@ -15,6 +16,7 @@ _SERVICE_ACTIONS = frozenset({0x9E, 0x9F, 0xA3, 0xA4, 0x7F})
 """Opcodes whose second byte says which command it is."""
 
 
+@known
 @dataclass(slots=True)
 class CommandRow:
     """Totals of one kind of command.
@@ -48,11 +50,15 @@ class CommandRow:
 
 
 class CommandStatistics:
-    """The table of a daemon: one row for each kind of command, kept across sessions."""
+    """The table of a daemon: one row for each kind of command, kept across sessions.
+
+    Attributes:
+        by_kind: the rows, by opcode, or opcode and service action.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[str, CommandRow] = {}
-        self._by_kind: dict[int, CommandRow] = {}
+        self.by_kind: dict[int, CommandRow] = {}
 
     def row(self, name: str, *, opcode: int) -> CommandRow:
         """The row of a kind of command, made on first use."""
@@ -71,9 +77,9 @@ class CommandStatistics:
         cdb = task.cdb
         opcode = cdb[0]
         kind = opcode | (cdb[1] & 0x1F) << 8 if opcode in _SERVICE_ACTIONS else opcode
-        row = self._by_kind.get(kind)
+        row = self.by_kind.get(kind)
         if row is None:
-            row = self._by_kind[kind] = self.row(cdbs.name(cdb), opcode=opcode)
+            row = self.by_kind[kind] = self.row(cdbs.name(cdb), opcode=opcode)
         if task.status < 0:
             row.lost += 1
             return

@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 import trio
@@ -124,7 +124,7 @@ class Transport:
         else:
             self._write()
 
-    def send_soon(self, buffers: list[Buffer]) -> None:
+    def send_soon(self, buffers: Collection[Buffer]) -> None:
         """Like `send`, but together with what others send who can run now, up to a few."""
         if self._closed:
             return

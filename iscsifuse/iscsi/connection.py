@@ -27,12 +27,14 @@ from iscsifuse.errors import IscsifuseError, ProtocolError, SessionLostError
 from iscsifuse.iscsi.dataout import Buffer, data_out_burst
 from iscsifuse.iscsi.digest import crc32c_bytes
 from iscsifuse.iscsi.incoming import Event, Incoming
+from iscsifuse.iscsi.numbers import Numbers
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import FINAL, RESERVED_TAG, Opcode, padding
 from iscsifuse.iscsi.request import LogoutRequest, NopOut, TaskAttribute, TaskManagementRequest, TextRequest
 from iscsifuse.iscsi.serial import MASK
 from iscsifuse.iscsi.tasks import Task
 from iscsifuse.iscsi.window import CommandWindow
+from iscsifuse.quick import start_read
 
 __all__ = ["Connection", "Request"]
 
@@ -80,7 +82,7 @@ class Connection:
         self.output: list[Buffer] = []
         self.tasks: dict[int, Task] = {}
         self.queue: deque[Task] = deque()
-        self._next_itt = first_itt
+        self._numbers = Numbers(exp_stat_sn=exp_stat_sn, next_itt=first_itt)
         self._requests: dict[int, Opcode] = {}
         self._held: deque[Request] = deque()  # non-immediate requests that wait for the window
         self._logged_out = False
@@ -96,17 +98,18 @@ class Connection:
             window=self.window,
             tasks=self.tasks,
             requests=self._requests,
-            exp_stat_sn=exp_stat_sn,
+            numbers=self._numbers,
             answering=self,
         )
         self._receiver = self._incoming.receiver
+        self._state = (self.window, self._numbers, self.tasks, self._requests)  # as `start_read` wants it
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
     @property
     def exp_stat_sn(self) -> int:
         """StatSN that is expected next; everything before it is acknowledged by whatever we send."""
-        return self._incoming.exp_stat_sn
+        return self._numbers.exp_stat_sn
 
     @property
     def amid(self) -> bool:
@@ -132,6 +135,26 @@ class Connection:
             self.queue.append(task)
         else:
             self._send_command(task)
+
+    def start_read(
+        self, buffer: memoryview, *, lun: bytes, lba: int, blocks: int, started: float
+    ) -> tuple[Task, bytes] | None:
+        """Make a READ(10) and encode it, in the usual case: `submit` in fewer steps; see `iscsifuse.quick`.
+
+        Args:
+            buffer: where the blocks go: writable, contiguous; as many bytes as ``blocks`` have.
+            lun: 8 bytes.
+            lba: first block.
+            blocks: how many.
+            started: the task's.
+
+        Returns:
+            The task, sent in all but this: the bytes are to be sent before anything else is put into ``output``.
+            None where `submit` has to be used, and nothing has happened.
+        """
+        if start_read is None or self.output or self.queue or self._logged_out or self._header_digest:
+            return None
+        return start_read(self._state, lun, lba, blocks, buffer, started)
 
     def request(self, pdu: Request) -> int:
         """Send a NOP-Out, task management, logout or text request; the numbers are filled in, and a reserved tag.
@@ -188,15 +211,15 @@ class Connection:
 
     def new_itt(self) -> int:
         """An Initiator Task Tag that is not in use. Source: RFC 7143 §11.2.1.8."""
-        itt = self._next_itt
+        itt = self._numbers.next_itt
         while itt in self.tasks or itt in self._requests or itt == RESERVED_TAG:
             itt = (itt + 1) & MASK
-        self._next_itt = (itt + 1) & MASK
+        self._numbers.next_itt = (itt + 1) & MASK
         return itt
 
     def _send_request(self, pdu: Request) -> None:
         cmd_sn = self.window.cmd_sn if pdu.immediate else self.window.take()
-        full = replace(pdu, cmd_sn=cmd_sn, exp_stat_sn=self._incoming.exp_stat_sn)
+        full = replace(pdu, cmd_sn=cmd_sn, exp_stat_sn=self._numbers.exp_stat_sn)
         self.output.append(
             full.encode(header_digest=self.parameters.header_digest, data_digest=self.parameters.data_digest)
         )
@@ -227,7 +250,7 @@ class Connection:
             task.solicited = unsolicited
         elif task.buffer_in is not None:
             flags |= _READ
-        stat_sn = self._incoming.exp_stat_sn
+        stat_sn = self._numbers.exp_stat_sn
         header = _COMMAND.pack(
             _SCSI_COMMAND, flags, 0, immediate, task.lun, itt, task.expected, cmd_sn, stat_sn, task.cdb
         )
@@ -271,7 +294,7 @@ class Connection:
             lun=task.lun,
             itt=task.itt,
             ttt=ttt,
-            exp_stat_sn=self._incoming.exp_stat_sn,
+            exp_stat_sn=self._numbers.exp_stat_sn,
             buffer_offset=offset,
             segment_length=self.parameters.target_max_recv_data_segment_length,
             header_digest=self.parameters.header_digest,

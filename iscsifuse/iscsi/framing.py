@@ -23,6 +23,7 @@ PDUs however it is chunked; the tests hold both against each other.
 Source: RFC 7143 §11.2, §13.1.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from iscsifuse.errors import DigestError, FormatError
@@ -69,13 +70,24 @@ class FrameReceiver:
         header_digest: whether headers carry CRC32C.
         data_digest: whether data segments do.
         max_data: longest data segment that is accepted, in bytes.
+        take: takes in whole frames in fewer steps: called with the staging buffer and where unread bytes begin
+            and end in it, returns where the first frame begins that it didn't take.
     """
 
-    def __init__(self, handler: FrameHandler, *, header_digest: bool, data_digest: bool, max_data: int) -> None:
+    def __init__(
+        self,
+        handler: FrameHandler,
+        *,
+        header_digest: bool,
+        data_digest: bool,
+        max_data: int,
+        take: Callable[[memoryview, int, int], int] | None = None,
+    ) -> None:
         self._handler = handler
         self._header_digest = DIGEST_LENGTH if header_digest else 0
         self._data_digest = DIGEST_LENGTH if data_digest else 0
         self._max_data = max_data
+        self._take = take
         self._staging = memoryview(bytearray(STAGING_LENGTH))
         self._start = 0  # unread bytes of the staging buffer lie in [start, end)
         self._end = 0
@@ -141,6 +153,8 @@ class FrameReceiver:
         while True:
             payload = self._payload
             if payload is None:
+                if self._take is not None and self._end - self._start > BHS_LENGTH:
+                    self._start = self._take(staging, self._start, self._end)
                 if not self._next_header():
                     return
                 continue

@@ -13,10 +13,12 @@ Source: RFC 7143 §4.2, §7, §11.
 """
 
 import struct
+from collections.abc import Callable
 from typing import Protocol
 
 from iscsifuse.errors import DigestError, FormatError, ProtocolError, TransferError
 from iscsifuse.iscsi.framing import FrameReceiver
+from iscsifuse.iscsi.numbers import Numbers
 from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.pdu import FINAL, RESERVED_TAG, Opcode, Pdu, decode
 from iscsifuse.iscsi.request import DataOut, NopOut
@@ -32,6 +34,7 @@ from iscsifuse.iscsi.response import (
 from iscsifuse.iscsi.serial import MASK
 from iscsifuse.iscsi.tasks import Task
 from iscsifuse.iscsi.window import CommandWindow
+from iscsifuse.quick import take_reads
 
 __all__ = ["MAX_TEXT_LENGTH", "Answering", "Event", "Incoming"]
 
@@ -89,12 +92,11 @@ class Incoming:
         window: every PDU tells it how far commands may go.
         tasks: SCSI commands that were sent, by tag; shared with whoever sends them.
         requests: opcodes of the other requests, by tag; likewise.
-        exp_stat_sn: StatSN of the first response.
+        numbers: the StatSN that is due; shared with whoever acknowledges it.
         answering: sends what PDUs ask for, until `stop_answering`.
 
     Attributes:
         receiver: takes the bytes.
-        exp_stat_sn: StatSN that is expected next; everything before it is acknowledged by whatever we send.
         events: what happened, in order; whoever takes them out takes the list.
     """
 
@@ -105,29 +107,38 @@ class Incoming:
         window: CommandWindow,
         tasks: dict[int, Task],
         requests: dict[int, Opcode],
-        exp_stat_sn: int,
+        numbers: Numbers,
         answering: Answering,
     ) -> None:
-        self.exp_stat_sn = exp_stat_sn
         self.events: list[Event] = []
-        self.receiver = FrameReceiver(
-            self,
-            header_digest=parameters.header_digest,
-            data_digest=parameters.data_digest,
-            max_data=max(parameters.max_recv_data_segment_length, 8192),
-        )
+        self._numbers = numbers
         self._window = window
         self._tasks = tasks
         self._requests = requests
         self._answering: Answering | None = answering
         self._max_burst_length = parameters.max_burst_length
         self._longest_answer = parameters.target_max_recv_data_segment_length
+        self._max_data = max(parameters.max_recv_data_segment_length, 8192)
+        self.receiver = FrameReceiver(
+            self,
+            header_digest=parameters.header_digest,
+            data_digest=parameters.data_digest,
+            max_data=self._max_data,
+            take=self._short_cut(parameters),
+        )
         # The frame whose data segment is being received:
         self._header = b""
         self._segment: bytearray | None = None
         self._data_in: Task | None = None
         self._data_in_status: tuple[int, int, int] | None = None  # flags, status, residual count
         self._response: Task | None = None
+
+    def _short_cut(self, parameters: NegotiatedParameters) -> Callable[[memoryview, int, int], int] | None:
+        """How to take in frames without the steps below, as long as each brings all of a read, and its end."""
+        if take_reads is None or parameters.header_digest or parameters.data_digest:
+            return None
+        take, state = take_reads, (self._window, self._numbers, self._tasks, self._requests)
+        return lambda staging, start, end: take(state, staging, start, end, self.events, self._max_data)
 
     def stop_answering(self) -> None:
         """Nothing that the target asks for is sent any more: R2Ts and pings are ignored."""
@@ -195,9 +206,9 @@ class Incoming:
 
     def _take_stat_sn(self, stat_sn: int) -> None:
         """A response that uses up a StatSN. At level 0 a gap can only be repaired by a new session (§7.9)."""
-        if stat_sn != self.exp_stat_sn:
-            raise ProtocolError(f"StatSN {stat_sn} came where {self.exp_stat_sn} was due")
-        self.exp_stat_sn = (stat_sn + 1) & MASK
+        if stat_sn != self._numbers.exp_stat_sn:
+            raise ProtocolError(f"StatSN {stat_sn} came where {self._numbers.exp_stat_sn} was due")
+        self._numbers.exp_stat_sn = (stat_sn + 1) & MASK
 
     def _finish(self, task: Task, *, flags: int, status: int, residual: int) -> None:
         del self._tasks[task.itt]

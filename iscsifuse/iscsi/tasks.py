@@ -16,8 +16,11 @@ Invariants:
 Source: RFC 7143 §11.3-11.4, §11.7-11.8.
 """
 
+from collections.abc import Callable
+
 from iscsifuse.errors import FormatError, IscsifuseError, ProtocolError, TransferError
 from iscsifuse.iscsi.serial import MASK, less
+from iscsifuse.quick import known
 
 __all__ = ["Task"]
 
@@ -27,6 +30,7 @@ _MAX_REPEATS = 16
 repetitions; a target that goes on and on would have us pile up more than it ever takes."""
 
 
+@known
 class Task:
     """A SCSI command, from its submission to its end.
 
@@ -52,7 +56,7 @@ class Task:
         error: why there is no status.
         done: whether it is over.
         started: for the caller's use: when it was submitted (seconds of its clock).
-        waiter: for the caller's use: whom to wake.
+        waiter: for the caller's use: called, and taken away, when it is done.
     """
 
     __slots__ = (
@@ -114,7 +118,7 @@ class Task:
         self.error: IscsifuseError | None = None
         self.done = False
         self.started = 0.0
-        self.waiter: object = None
+        self.waiter: Callable[[], None] | None = None
 
     def place(self, *, data_sn: int, offset: int, length: int) -> memoryview | None:
         """Where the data of a Data-In goes.

@@ -12,10 +12,12 @@ Source: RFC 7143 §4.2.2.1.
 """
 
 from iscsifuse.iscsi.serial import HALF, MASK
+from iscsifuse.quick import known
 
 __all__ = ["CommandWindow"]
 
 
+@known
 class CommandWindow:
     """CmdSN, ExpCmdSN and MaxCmdSN of one session.
 

@@ -5,12 +5,14 @@ import os
 import random
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from support.cli import Mounted, program, run_cli
 from support.disks import random_file, sha256
+from support.quick import needs_quick
 from support.store import MIB, ONE, TIB, TWO, Store
 
 pytestmark = [pytest.mark.fuse, pytest.mark.tgt]
@@ -187,3 +189,28 @@ def test_nothing_is_ever_written_by_a_read_only_mount(store: Store, tmp_path: Pa
         commands = {row["name"] for row in mounted.status_file()["commands"]}
     assert not {name for name in commands if "WRITE" in name or "SYNCHRONIZE" in name}
     assert sha256(store.random) == before
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_quick), False], ids=["quick", "pure"])
+def test_small_reads_and_writes_all_over_a_disk(store: Store, tmp_path: Path, compiled: bool) -> None:
+    """With the short cuts of `iscsifuse.quick`, and without: eight programs, 4 KiB each time, some of them again."""
+    chance = random.Random(20261122)
+    with Mounted(
+        store.server.url(ONE), tmp_path / "m", "--rw", env={"ISCSIFUSE_PURE": None if compiled else "1"}
+    ) as mounted:
+        pid = json.loads(run_cli("status", tmp_path / "m", "--json").stdout)["pid"]
+        assert ("_quick." in Path(f"/proc/{pid}/maps").read_text()) == compiled
+        expected = store.random.read_bytes()
+        with mounted.lun(1).open("rb", buffering=0) as disk, ThreadPoolExecutor(8) as programs:
+            os.posix_fadvise(disk.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            places = [chance.randrange(96 * MIB // 4096) * 4096 for _ in range(3000)]
+            found = programs.map(lambda place: os.pread(disk.fileno(), 4096, place), places)
+            for place, data in zip(places, found, strict=True):
+                assert data == expected[place : place + 4096]
+        with mounted.lun(2).open("r+b", buffering=0) as disk:
+            for place in places[:200]:
+                os.pwrite(disk.fileno(), expected[place : place + 4096], place)
+            os.fsync(disk.fileno())
+    written = store.empty.read_bytes()
+    assert all(written[place : place + 4096] == expected[place : place + 4096] for place in places[:200])
+    assert written.count(0) > len(written) - 201 * 4096

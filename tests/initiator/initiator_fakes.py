@@ -157,6 +157,9 @@ class FakeNexus(FakeExecutor):
     def session(self) -> "FakeNexus":
         return self
 
+    def start_read(self, buffer: memoryview, **place: object) -> None:
+        """Nothing goes the short way: everything is executed."""
+
     def start(self, cdb: bytes, *, lun: bytes, **buffers: object) -> None:
         """Nothing is started beforehand: everything goes the general way, by `execute`."""
 

@@ -280,7 +280,7 @@ async def test_52_a_completion_that_is_nobodys_completes_nobody(itt: str) -> Non
 async def test_53_tags_are_unique_and_never_the_reserved_one() -> None:
     """Commands before and after 2^32 of them, one aborted meanwhile → no tag twice, none 0xffffffff."""
     async with bench(settings={"timeout": 10}) as b:
-        b.session.connection._next_itt = 0xFFFFFFF8
+        b.session.connection._numbers.next_itt = 0xFFFFFFF8
         b.rule(IN, Late(500), all_of(COMMAND, has_lba(7)))
         results = await at_once(partial(b.read, 7), *[partial(b.read, 20 + lba) for lba in range(12)], within=60)
         assert isinstance(results[0], CommandTimeoutError)

@@ -14,6 +14,8 @@ from iscsifuse.iscsi.response import (
     TextResponse,
 )
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 HEAD = 48 + 4
 
 

@@ -8,6 +8,8 @@ from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.request import NopOut
 from iscsifuse.iscsi.response import DataIn, NopIn, ScsiResponse
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 GONE = SessionLostError("the connection is gone")
 
 

@@ -12,6 +12,8 @@ from iscsifuse.iscsi.response import R2T, DataIn, ScsiResponse
 from iscsifuse.iscsi.serial import add
 from iscsifuse.iscsi.tasks import Task
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 FIRST = 0xFFFFFFFE
 
 

@@ -16,6 +16,8 @@ from iscsifuse.iscsi.request import NopOut, TaskManagementRequest, TextRequest
 from iscsifuse.iscsi.response import DataIn
 from iscsifuse.iscsi.tasks import Task
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def busy(p: NegotiatedParameters) -> tuple[Driver, list[Task]]:
     d = Driver(p, stat_sn=0, cmd_sn=0, room=5)

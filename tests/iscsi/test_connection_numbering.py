@@ -30,6 +30,8 @@ from iscsifuse.iscsi.response import (
 from iscsifuse.iscsi.serial import add
 from iscsifuse.iscsi.tasks import Task
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def cmd_sns(pdus: list[Pdu]) -> list[int]:
     numbers = []
@@ -267,7 +269,7 @@ def test_a_tag_in_use_is_not_given_away_after_four_billion() -> None:
     old = no_data()
     d.submit(old)
     ping = d.connection.request(NopOut(immediate=True))
-    d.connection._next_itt = old.itt  # as after 2^32 commands
+    d.connection._numbers.next_itt = old.itt  # as after 2^32 commands
     new = no_data()
     d.submit(new)
     assert new.itt not in (old.itt, ping)

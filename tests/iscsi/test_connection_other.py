@@ -34,6 +34,8 @@ from iscsifuse.iscsi.response import (
     TextResponse,
 )
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 GONE = SessionLostError("the connection is gone")
 
 

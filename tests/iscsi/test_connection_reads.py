@@ -6,6 +6,8 @@ from iscsifuse.iscsi.parameters import NegotiatedParameters
 from iscsifuse.iscsi.request import ScsiCommand, TaskAttribute
 from iscsifuse.iscsi.response import DataIn, ScsiResponse
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 CHECK_CONDITION, BUSY = 2, 8
 SENSE = bytes([0x70, 0, 3, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x11, 0, 0, 0, 0, 0])
 

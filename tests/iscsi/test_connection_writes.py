@@ -10,6 +10,8 @@ from iscsifuse.iscsi.request import DataOut, LogoutRequest, ScsiCommand
 from iscsifuse.iscsi.response import R2T, NopIn, ScsiResponse
 from iscsifuse.iscsi.tasks import Task
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 CHECK_CONDITION = 2
 SENSE = b"\x00\x03abc"
 

@@ -14,9 +14,10 @@ import trio
 import trio.lowlevel
 import trio.testing
 
-from iscsifuse.fibres import Fibre, doze, here, own_task, run_ready, sleep
+from iscsifuse.fibres import Fibre, doze, here, own_task, run_ready
 from iscsifuse.initiator.loop import Loop
 from iscsifuse.mount.crew import Crew, workers_are_fibres
+from support.fibres import sleep
 
 STOP = b"stop"
 Handle = Callable[[bytes], Awaitable[None]]

@@ -5,10 +5,10 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
-from iscsifuse.fibres import DOZE, OWN_TASK, SLEEP, here, run_ready, sleep
+from iscsifuse.fibres import DOZE, OWN_TASK, SLEEP, here, run_ready
 from iscsifuse.initiator.loop import Loop
 
-__all__ = ["as_fibre", "sleep_as_fibre"]
+__all__ = ["as_fibre", "sleep", "sleep_as_fibre"]
 
 _T = TypeVar("_T")
 
@@ -63,6 +63,16 @@ async def as_fibre(coroutine: Coroutine[Any, Any, _T]) -> _T:
     if fibre.error is not None:
         raise fibre.error
     return fibre.value
+
+
+class _Sleep:
+    def __await__(self) -> Generator[str, None, None]:
+        yield SLEEP
+
+
+async def sleep() -> None:
+    """In a fibre: stop until its `Fibre.wake` is called."""
+    await _Sleep()
 
 
 async def sleep_as_fibre(seconds: float) -> None:
