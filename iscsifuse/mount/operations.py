@@ -16,6 +16,10 @@ Invariants:
   security.capability before *every* write(2), at twice the cost of a small write.
 * So is ``flush`` in a mount that is read-only as a whole: no close(2) has anything to wait for or to report there.
   Nowhere else, for the same answer would then hide what a write-behind has lost.
+* And ``open``, where such a mount is a single file: there is one disk to be read, whoever opened it how often, and
+  the kernel neither asks nor tells about it (its handle is 0 then). That is most of what a program costs that opens
+  a disk five times to look at one file of it, as Sleuth Kit's do. Not in a directory, where a handle says which disk
+  is meant.
 """
 
 # ruff: noqa: ARG002 - the signatures are pyfuse3's
@@ -61,6 +65,8 @@ _BLOCK_SIZE = 4096
 _SECTOR = 512
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 _NAME_MAX = 255
+_NO_HANDLE = FileHandleT(0)
+"""Of files that were never opened."""
 
 
 class _Writes:
@@ -77,9 +83,10 @@ class _OpenDisk:
 
     Attributes:
         peek, read: the file's own, with nothing in between.
+        size: bytes that it had when it was opened; the most that it ever had, where all share it.
     """
 
-    __slots__ = ("_size", "direct", "file", "handle", "peek", "read", "writable", "writes")
+    __slots__ = ("direct", "file", "handle", "peek", "read", "size", "writable", "writes")
 
     def __init__(self, file: BlockFile, writes: _Writes, *, writable: bool, direct: bool) -> None:
         self.file = file
@@ -89,7 +96,7 @@ class _OpenDisk:
         self.handle: Handle = file.open()
         self.writable = writable
         self.direct = direct
-        self._size = file.size
+        self.size = file.size
 
     def may_end(self, at: int, *, wanted: int) -> bool:
         """Whether a read of the bytes before ``wanted`` may have ended before ``at``.
@@ -97,7 +104,7 @@ class _OpenDisk:
         Only at the end of the disk; and not at the end of one that has shrunk since it was opened, but for the rest
         of a page, which the kernel asks for with its first bytes.
         """
-        return at >= self.file.size and (at >= self._size or wanted <= -(-at // _BLOCK_SIZE) * _BLOCK_SIZE)
+        return at >= self.file.size and (at >= self.size or wanted <= -(-at // _BLOCK_SIZE) * _BLOCK_SIZE)
 
 
 class _OpenStatus:
@@ -157,6 +164,10 @@ class DiskOperations(pyfuse3.Operations):
         self._writes: dict[Disk, _Writes] = {}
         self._readable: dict[int, _OpenDisk | _OpenStatus] = {}
         self._listings: dict[int, list[Node]] = {}
+        self._shared: _OpenDisk | None = None
+        if tree.root.disk is not None and read_only and not direct_io:
+            self._shared = _OpenDisk(tree.root.disk.file, _Writes(), writable=False, direct=False)
+            self._readable[_NO_HANDLE] = self._shared
 
     def unsynced(self) -> list[Disk]:
         """The disks that were written to since their last successful fsync."""
@@ -266,6 +277,8 @@ class DiskOperations(pyfuse3.Operations):
             return FileInfo(fh=FileHandleT(number), direct_io=True, keep_cache=False)
         if writable and (self._read_only or not disk.writable):
             raise FUSEError(errno.EROFS)
+        if self._shared is not None:
+            raise FUSEError(errno.ENOSYS)  # once for the whole mount; see the module
         number = self._number()
         direct = bool(flags & os.O_DIRECT) and not self._direct_io
         self._readable[number] = self._disks[number] = _OpenDisk(
@@ -408,6 +421,8 @@ class DiskOperations(pyfuse3.Operations):
         return node
 
     def _attributes(self, node: Node) -> EntryAttributes:
+        if self._shared is not None:  # The kernel asks for attributes when it was told that they have changed.
+            self._shared.size = max(self._shared.size, node.size)
         permissions = self._tree.permissions
         attributes = EntryAttributes()
         attributes.st_ino = InodeT(node.inode)

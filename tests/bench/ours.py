@@ -39,7 +39,9 @@ class Iscsifuse(FileContender):
         super().__init__(stage)
         self.name = name
         checked_out = " (another checkout)" if checkout else ""
-        self.how = f"`iscsifuse mount --rw`, default options{checked_out}; evidence: without `--rw`"
+        self.how = (
+            f"`iscsifuse mount --rw`, default options{checked_out}; evidence: one LUN, on a file, without `--rw`"
+        )
         self.program: list[str] = [sys.executable, *_CLI]
         if checkout is not None:
             self.program = ["env", f"PYTHONPATH={checkout.resolve()}", *self.program]
@@ -63,16 +65,25 @@ class Iscsifuse(FileContender):
         options: Sequence[str] = (),
     ) -> Iterator[Opened]:
         luns = [disk.lun for disk in disks]
+        if read_only and len(disks) == 1:  # on a file, where the others export it, too
+            with self.mount(self.url(disks[0], portal), *options, on_file=True) as (point, pid, seconds):
+                yield Opened([point], [pid], seconds, self.prefix)
+            return
         url = self.url(disks[0], portal, lun=False)
         access = [] if read_only else ["--rw"]
         with self.mount(url, *access, "--lun", ",".join(map(str, luns)), *options) as (point, pid, seconds):
             yield Opened([point / f"lun-{lun}" for lun in luns], [pid], seconds, self.prefix)
 
     @contextmanager
-    def mount(self, url: str, *options: str, timeout: float = 60) -> Iterator[tuple[Path, int, float]]:
+    def mount(
+        self, url: str, *options: str, on_file: bool = False, timeout: float = 60
+    ) -> Iterator[tuple[Path, int, float]]:
         """Mount for a ``with`` block: the mount point, the daemon's pid, and the seconds that ``mount`` took."""
         point = self.stage.new_point("mnt")
-        point.mkdir()
+        if on_file:
+            point.touch()
+        else:
+            point.mkdir()
         self.give(point)
         pid = None
         try:
@@ -87,8 +98,11 @@ class Iscsifuse(FileContender):
             self.remove(point, pid)
 
     def status(self, point: Path) -> dict[str, Any]:
-        """The status file of a mount."""
-        shown = shell.run([*self.prefix, "cat", point / ".iscsifuse" / "status.json"], timeout=20).out
+        """The status of a mount."""
+        if point.is_dir():
+            shown = shell.run([*self.prefix, "cat", point / ".iscsifuse" / "status.json"], timeout=20).out
+        else:
+            shown = self._cli("status", "--json", point, timeout=20).out
         status: dict[str, Any] = json.loads(shown)
         return status
 
@@ -106,7 +120,10 @@ class Iscsifuse(FileContender):
         for left in running_with(point) if pid is None else [pid]:
             _kill(left)
         with contextlib.suppress(OSError):
-            point.rmdir()
+            if point.is_dir():
+                point.rmdir()
+            else:
+                point.unlink()
 
     def _cli(self, *arguments: str | Path, timeout: float) -> shell.Ran:
         return shell.run([*self.prefix, *self.program, *arguments], timeout=timeout)

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pyfuse3
 import trio
@@ -26,6 +27,7 @@ from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.iscsi.tasks import Task
 from iscsifuse.mount import assembly, daemon, filesystem
 from iscsifuse.mount.assembly import Assembly
+from iscsifuse.mount.operations import DiskOperations
 from iscsifuse.mount.plan import MountPlan
 from iscsifuse.mount.tree import Disk
 from iscsifuse.scsi import cdb as cdbs
@@ -108,6 +110,7 @@ def plan_of(options: dict[str, object]) -> MountPlan:
         "partial",
         "break_loop",
         "may_abort",
+        "note_opens",
     ):
         fields.pop(name, None)
     fields["mountpoint"] = Path(str(fields["mountpoint"]))
@@ -196,6 +199,15 @@ def main() -> int:
         pyfuse3.main = break_down
     if options.get("may_abort") is False:
         vars(filesystem)["abort_connection"] = lambda *_: False
+    if options.get("note_opens"):
+        sound_open = DiskOperations.open
+
+        async def noted(self: DiskOperations, *arguments: Any) -> Any:
+            with (control / "opens").open("a") as file:
+                file.write("open\n")
+            return await sound_open(self, *arguments)
+
+        vars(filesystem)["DiskOperations"].open = noted
     assembly.assemble = assemble
     try:
         return daemon.mount(plan_of(options))

@@ -255,6 +255,49 @@ def test_a_disk_that_grows_and_shrinks(ram: Ram) -> None:
     assert ram.lun.read_bytes() == bytes(MIB // 2)
 
 
+@pytest.fixture
+def ram_file(ram: Ram) -> Ram:
+    """For a mount on a file."""
+    ram.point.rmdir()
+    ram.point.touch()
+    return ram
+
+
+@pytest.mark.parametrize(("read_write", "opens"), [(False, 1), (True, 6)])
+def test_how_often_a_file_is_opened(ram_file: Ram, read_write: bool, opens: int) -> None:
+    ram = ram_file
+    assert ram.start(lun=0, disks=[2048], note_opens=True, read_write=read_write) == 0, ram.said
+    for _ in range(5):
+        assert ram.point.read_bytes() == bytes(MIB)
+    first = ram.point.open("rb", buffering=0)
+    with first:
+        assert len((ram.control / "opens").read_text().splitlines()) == opens
+        if not read_write:
+            with pytest.raises(OSError, match="Read-only"):
+                ram.point.open("r+b")
+        with pytest.raises(BusyError):
+            umount(ram.point)
+        assert first.read(10) == bytes(10)
+        with mmap.mmap(first.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            assert mapped[MIB - 5 :] == bytes(5)
+    assert umount(ram.point) == 0
+    assert ram.point.stat().st_size == 0
+
+
+def test_a_file_that_is_never_opened_has_the_size_of_its_disk(ram_file: Ram) -> None:
+    """What the kernel has cached goes when the disk changes, and who was reading where it was gets an error."""
+    ram = ram_file
+    assert ram.start(lun=0, disks=[2048]) == 0, ram.said
+    with ram.point.open("rb", buffering=0) as reader:
+        assert reader.read() == bytes(MIB)
+        ram.order("grow-0", "4096")
+        wait_for(lambda: ram.point.stat().st_size == 2 * MIB)
+        assert reader.read() == ram.point.read_bytes()[MIB:] == bytes([4096 % 251]) * MIB
+        ram.order("grow-0", "1024")
+        wait_for(lambda: ram.point.stat().st_size == MIB // 2)
+        assert ram.point.read_bytes() == bytes(MIB // 2)
+
+
 @pytest.mark.root
 def test_a_file_system_in_a_loop_device(ram: Ram, tmp_path: Path) -> None:
     assert ram.start(read_write=True) == 0

@@ -29,16 +29,25 @@ class Fields:
 
 class Rig:
     def __init__(
-        self, *, read_write: bool = True, writable: bool = True, direct_io: bool = False, size: int = 4096
+        self,
+        *,
+        read_write: bool = True,
+        writable: bool = True,
+        direct_io: bool = False,
+        on_file: bool = False,
+        size: int = 4096,
     ) -> None:
         self.file = MemoryFile(size)
         self.disk = Disk(TARGET, 0, self.file, writable=writable)
-        self.tree = Tree.of_directory([self.disk], Permissions(uid=7, gid=8), by_target=False)
+        owner = Permissions(uid=7, gid=8)
+        self.tree = (
+            Tree.of_file(self.disk, owner) if on_file else Tree.of_directory([self.disk], owner, by_target=False)
+        )
         self.snapshots = 0
         self.operations = DiskOperations(
             self.tree, status=self._status, read_only=not read_write, direct_io=direct_io
         )
-        node = self.tree.lookup(ROOT_INODE, b"lun-0")
+        node = self.tree.root if on_file else self.tree.lookup(ROOT_INODE, b"lun-0")
         assert node is not None
         self.inode = InodeT(node.inode)
 
@@ -183,6 +192,47 @@ async def test_a_disk_that_grew_ends_at_its_new_end() -> None:
     assert len(await rig.operations.read(handle, 0, 8192)) == 5120
     rig.file.answer = lambda data: data[:4096]
     assert await refused(rig.operations.read(handle, 0, 8192)) == errno.EIO
+
+
+NEVER_OPENED = FileHandleT(0)
+
+
+async def test_a_read_only_file_is_never_opened() -> None:
+    """The kernel is told once, and reads without a handle from then on."""
+    rig = Rig(read_write=False, writable=False, on_file=True)
+    rig.file.device.data[:] = bytes(range(256)) * 16
+    assert await refused(rig.open(os.O_RDONLY)) == errno.ENOSYS
+    assert await rig.operations.read(NEVER_OPENED, 4090, 100) == bytes(range(250, 256))
+    assert await refused(rig.open(os.O_RDWR)) == errno.EROFS
+    await rig.operations.fsync(NEVER_OPENED, False)
+    rig.operations.refuse_reads()
+    assert await refused(rig.operations.read(NEVER_OPENED, 0, 512)) == errno.EIO
+    assert await refused(rig.open(os.O_RDONLY)) == errno.ESHUTDOWN
+
+
+@pytest.mark.expect_log("read failed")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"read_write": False, "on_file": False}, {"read_write": False, "on_file": True, "direct_io": True}],
+    ids=["writable", "in a directory", "uncached"],
+)
+async def test_other_files_are_opened(options: dict[str, bool]) -> None:
+    """Where errors of writes are told to a handle, a handle says which disk is meant, or how it is to be read."""
+    rig = Rig(**{"on_file": True, **options})
+    assert await rig.open(os.O_RDONLY) == 1
+    assert await refused(rig.operations.read(NEVER_OPENED, 0, 512)) == errno.EIO
+
+
+async def test_a_disk_without_handles_that_shrank_ends_with_an_error() -> None:
+    rig = Rig(read_write=False, writable=False, on_file=True, size=16384)
+    rig.file.device.data.extend(bytes(8192))  # it grows, which the kernel is told of, and asks for its size
+    assert (await rig.operations.getattr(rig.inode, CTX)).st_size == 24576
+    del rig.file.device.data[20480:]
+    assert await refused(rig.operations.read(NEVER_OPENED, 16384, 8192)) == errno.EIO
+    assert len(await rig.operations.read(NEVER_OPENED, 16384, 4096)) == 4096
+    del rig.file.device.data[8192:]
+    assert await refused(rig.operations.read(NEVER_OPENED, 0, 16384)) == errno.EIO
+    assert len(await rig.operations.read(NEVER_OPENED, 4096, 4096)) == 4096
 
 
 async def test_writes() -> None:
