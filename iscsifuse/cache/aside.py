@@ -21,7 +21,7 @@ from iscsifuse.fibres import own_task
 
 __all__ = ["LONGEST_STRAY", "AsideReader"]
 
-LONGEST_STRAY = 16 * 1024
+LONGEST_STRAY = 64 * 1024
 """Bytes of a read that may be a stray."""
 # Reads past the cache, of this LUN, that may be under way at once; each takes at most 1 MiB, the longest request.
 # Small ones don't count: they are many where a block is dying, and shouldn't queue for its timeouts.
