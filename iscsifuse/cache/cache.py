@@ -18,6 +18,8 @@ bit while waiting for anything but his own device call; pins are held only while
 calls end. Hence no circles, and no waiting for ever.
 """
 
+import logging
+
 import trio
 
 from iscsifuse.cache.aside import LONGEST_STRAY, AsideReader
@@ -38,6 +40,8 @@ from iscsifuse.errors import ParameterDataError, WriteBackError
 from iscsifuse.fibres import own_task
 
 __all__ = ["BlockCache"]
+
+log = logging.getLogger(__name__)
 
 
 class BlockCache(BlockFile):
@@ -201,9 +205,12 @@ class BlockCache(BlockFile):
         if wanted & ~extent.valid or not length:  # what is beyond the extent, or the device, is never valid
             return None
         if self._watching:
-            plan = self._observe(offset, offset + length, size=self._device.block_count * block)
-            if plan is not None:
-                self._prefetcher.submit(*plan)
+            try:
+                plan = self._observe(offset, offset + length, size=self._device.block_count * block)
+                if plan is not None:
+                    self._prefetcher.submit(*plan)
+            except Exception:
+                self._do_without_read_ahead()
         self._hits += 1
         self._pool.touch(extent, wanted, start=start, stop=end)
         return extent.view[start:end]
@@ -218,9 +225,12 @@ class BlockCache(BlockFile):
         if offset >= stop:
             return b""
         if self._watching:
-            plan = self._observe(offset, stop, size=size)
-            if plan is not None:
-                self._prefetcher.submit(*plan)
+            try:
+                plan = self._observe(offset, stop, size=size)
+                if plan is not None:
+                    self._prefetcher.submit(*plan)
+            except Exception:
+                self._do_without_read_ahead()
         index, start = divmod(offset, self._extent_length)
         end = start + stop - offset
         if end > self._extent_length:
@@ -266,6 +276,11 @@ class BlockCache(BlockFile):
             return await self._read_span(offset, stop, waited=True)
         self._pool.touch(extent, wanted, start=start, stop=end)
         return extent.view[start:end]
+
+    def _do_without_read_ahead(self) -> None:
+        """Its policy has made a mistake of ours. It is only advice: no reader shall suffer for it."""
+        log.exception("a mistake in the read-ahead: this disk does without from now on")
+        self._watching = False
 
     # -- writing ------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ __all__ = ["Transport"]
 
 _GATHER = 512
 """Buffers in one gather write; the kernel takes 1024 (IOV_MAX)."""
-_SOON = 4
+_SOON = 2
 """Buffers that are sent together rather than one by one; with more of them the target would be kept waiting."""
 
 _USER_TIMEOUT_MS = 30_000

@@ -35,6 +35,24 @@ async def test_a_read_asks_for_its_blocks_and_no_others() -> None:
     assert sorted((c.lba, c.blocks) for c in device.log) == [(0, 1), (1, 5), (6, 2)]
 
 
+@pytest.mark.expect_log("a mistake in the read-ahead")
+async def test_a_mistake_in_the_read_ahead_is_no_error_of_a_read() -> None:
+    """It is only advice. What looks on is left alone from then on."""
+
+    def blunder(*_: object, **__: object) -> None:
+        raise NameError("forgotten")
+
+    device = FakeDevice()
+    for way in ("read", "peek"):
+        async with running(device, read_ahead=EXTENT) as cache:
+            await cache.read(0, 4096)
+            vars(cache)["_observe"] = blunder
+            found = await cache.read(1000, 2000) if way == "read" else cache.peek(1000, 2000)
+            assert found == device.data[1000:3000]
+            assert not cache._watching
+            assert await cache.read(5000, 2000) == device.data[5000:7000]
+
+
 @pytest.mark.parametrize(("block", "commands"), [(512, 1), (4096, 1), (520, 5)])
 async def test_a_read_across_extents(block: int, commands: int) -> None:
     device = FakeDevice(block, 64)
