@@ -18,8 +18,8 @@ Invariants:
   Nowhere else, for the same answer would then hide what a write-behind has lost.
 * And ``open``, where such a mount is a single file: there is one disk to be read, whoever opened it how often, and
   the kernel neither asks nor tells about it (its handle is 0 then). That is most of what a program costs that opens
-  a disk five times to look at one file of it, as Sleuth Kit's do. Not in a directory, where a handle says which disk
-  is meant.
+  a disk several times to look at one file of it, as Sleuth Kit's do. Not in a directory, where a handle says which
+  disk is meant.
 """
 
 # ruff: noqa: ARG002 - the signatures are pyfuse3's
