@@ -33,6 +33,9 @@ _GATHER = 512
 _SOON = 2
 """Buffers that are sent together rather than one by one; with more of them the target would be kept waiting."""
 
+_FEW = 8
+"""Buffers that are better let go of one by one than counted together."""
+
 _USER_TIMEOUT_MS = 30_000
 """How long sent bytes may stay unacknowledged before the kernel gives up: a second net below the NOP-Out pings."""
 
@@ -180,6 +183,9 @@ class Transport:
                     self._report_broken()
                 return
             self.bytes_sent += sent
+            if _FEW < len(pending) <= _GATHER and sent == _total(pending):
+                pending.clear()
+                return
             while sent:
                 first = pending[0]
                 if len(first) > sent:

@@ -9,7 +9,7 @@ Source: RFC 7143 §11.7, §4.2.5.2 (the F bit ends a sequence, unsolicited or an
 
 import struct
 
-from iscsifuse.iscsi.digest import DIGEST_LENGTH, crc32c, crc32c_bytes
+from iscsifuse.iscsi.digest import crc32c_bytes
 from iscsifuse.iscsi.pdu import BHS_LENGTH, FINAL, Opcode, padding
 
 __all__ = ["Buffer", "data_out_burst"]
@@ -17,7 +17,12 @@ __all__ = ["Buffer", "data_out_burst"]
 Buffer = bytes | memoryview
 
 _HEADER = struct.Struct(">BBHI8sII4xI4xII4x")
-_LITTLE = struct.Struct("<I")
+_LAST = struct.Struct(">BBxxI")
+"""What the last header has of its own."""
+_WORDS = BHS_LENGTH // 4
+_DATA_SN = 9
+_BUFFER_OFFSET = 10
+"""Words of a header, and the two in which those of a sequence differ."""
 
 
 def data_out_burst(
@@ -49,28 +54,39 @@ def data_out_burst(
         Buffers to send in order; views of ``payload`` among them.
     """
     total = len(payload)
-    count = -(-total // segment_length)
-    stride = BHS_LENGTH + (DIGEST_LENGTH if header_digest else 0)
-    memory = bytearray(stride * count)
-    headers = memoryview(memory)
+    starts = range(0, total, segment_length)
+    count = len(starts)
+    template = _HEADER.pack(
+        Opcode.DATA_OUT, 0, 0, min(segment_length, total), lun, itt, ttt, exp_stat_sn, 0, buffer_offset
+    )  # fmt: skip
+    memory = bytearray(template * count)
+    if count > 1:
+        words = memoryview(memory).cast("I")
+        words[_DATA_SN::_WORDS] = _big_endian(range(count))
+        words[_BUFFER_OFFSET::_WORDS] = _big_endian(range(buffer_offset, buffer_offset + total, segment_length))
+    _LAST.pack_into(memory, len(memory) - BHS_LENGTH, Opcode.DATA_OUT, FINAL, total - starts[-1])
+    joined = bytes(memory)
+    headers = [joined[at : at + BHS_LENGTH] for at in range(0, len(joined), BHS_LENGTH)]
+    pieces = [payload[start : start + segment_length] for start in starts]
+    if header_digest:
+        headers = [header + crc32c_bytes((header,)) for header in headers]
     output: list[Buffer] = []
-    start = 0
-    for data_sn in range(count):
-        length = min(segment_length, total - start)
-        at = data_sn * stride
-        _HEADER.pack_into(
-            memory, at, Opcode.DATA_OUT, FINAL if start + length == total else 0, 0, length, lun, itt, ttt,
-            exp_stat_sn, data_sn, buffer_offset + start,
-        )  # fmt: skip
-        if header_digest:
-            _LITTLE.pack_into(memory, at + BHS_LENGTH, crc32c(headers[at : at + BHS_LENGTH]))
-        output.append(headers[at : at + stride])
-        piece = payload[start : start + length]
-        output.append(piece)
-        tail = padding(length)
-        if data_digest:
-            tail += crc32c_bytes((piece, tail))
+    if data_digest or segment_length & 3:
+        for header, piece in zip(headers, pieces, strict=True):
+            tail = padding(len(piece))
+            if data_digest:
+                tail += crc32c_bytes((piece, tail))
+            output += (header, piece, tail) if tail else (header, piece)
+    else:
+        output += headers * 2  # for the room
+        output[::2] = headers
+        output[1::2] = pieces
+        tail = padding(total)
         if tail:
             output.append(tail)
-        start += length
     return output
+
+
+def _big_endian(numbers: range) -> memoryview:
+    """Words as they are sent, in the form that a part of a larger memory has."""
+    return memoryview(struct.pack(f">{len(numbers)}I", *numbers)).cast("I")
