@@ -6,7 +6,7 @@ the price of a call. pyfuse3's workers are such fibres (`iscsifuse.mount.crew`);
 (write-back, read-ahead, login), and needn't know which of the two runs it, but for one rule.
 
 **The rule.** trio knows tasks only: a cancel scope that a fibre opened would be that of whichever task happens to
-call it. So a fibre awaits `Asleep`, `doze`, or something that keeps this rule itself, and nothing else of trio's
+call it. So a fibre awaits `asleep`, `doze`, or something that keeps this rule itself, and nothing else of trio's
 before it has awaited `own_task`. From then on, until its request is answered, it runs in a task of its own and does
 what it likes. Time may have passed when `own_task` returns: whoever has looked at something before looks again.
 
@@ -17,11 +17,12 @@ In a task ``here.fibre`` is None, and `own_task` does nothing.
 """
 
 import threading
+import types
 from collections import deque
 from collections.abc import Generator
 from typing import Protocol
 
-__all__ = ["DOZE", "OWN_TASK", "SLEEP", "Asleep", "Fibre", "doze", "here", "own_task", "run_ready"]
+__all__ = ["DOZE", "OWN_TASK", "SLEEP", "Fibre", "asleep", "doze", "here", "own_task", "run_ready"]
 
 SLEEP = "sleep"
 DOZE = "doze"
@@ -77,17 +78,11 @@ class _Ending(Protocol):
     done: bool
 
 
-class Asleep:
-    """Awaited by a fibre (see ``here``): stop until something is done. Can't be cancelled."""
-
-    __slots__ = ("_ending",)
-
-    def __init__(self, ending: _Ending) -> None:
-        self._ending = ending
-
-    def __await__(self) -> Generator[str, None, None]:
-        while not self._ending.done:
-            yield SLEEP
+@types.coroutine
+def asleep(ending: _Ending) -> Generator[str, None, None]:
+    """For a fibre (see ``here``): stop until something is done. Can't be cancelled."""
+    while not ending.done:
+        yield SLEEP
 
 
 async def doze() -> None:

@@ -14,7 +14,7 @@ from functools import partial
 import trio
 
 from iscsifuse.errors import IscsifuseError
-from iscsifuse.fibres import Asleep, here
+from iscsifuse.fibres import asleep, here
 from iscsifuse.initiator.loop import Glance, Loop
 from iscsifuse.initiator.transport import Transport
 from iscsifuse.iscsi.tasks import Task
@@ -57,7 +57,7 @@ class Waiting:
         if fibre is None or task.done or (self._loop.under_way == 1 and task.expected <= _QUICK):
             return self._until_done(task)
         task.waiter = fibre.wake
-        return Asleep(task)
+        return asleep(task)
 
     async def _until_done(self, task: Task) -> None:
         if task.done:
@@ -72,7 +72,7 @@ class Waiting:
         fibre = here.fibre
         if fibre is not None:
             task.waiter = fibre.wake
-            await Asleep(task)
+            await asleep(task)
         else:
             task.waiter = partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
             await trio.lowlevel.wait_task_rescheduled(_not_now)

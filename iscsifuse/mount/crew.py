@@ -24,8 +24,7 @@ opens the disk five times.)
 Invariants:
 
 * A request is read by who was handed it, with no checkpoint since poll(2) has seen it.
-* A worker is in exactly one of these states; ``idle`` holds those who are IDLE, and ``asleep`` counts the others who
-  don't run.
+* A worker is in exactly one of these states; ``idle`` holds those who are IDLE.
 * A worker that failed ends the crew. When `pyfuse3.main` ends, however it does, no worker waits for anything. Who
   waits for a command of his own can't be cancelled, since it uses memory; its deadline bounds that. Who waits for
   somebody else's (DOZING) is given a task, and cancelled like those who have one.
@@ -33,6 +32,7 @@ Invariants:
 
 import select
 import time
+import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -53,64 +53,61 @@ _LONGEST_GLANCE = 200_000
 _IDLE = "idle"
 
 
-class _Idle:
+@types.coroutine
+def _idle() -> Generator[str, None, None]:
     """Awaited by a worker that wants a request."""
-
-    def __await__(self) -> Generator[str, None, None]:
-        yield _IDLE
+    yield _IDLE
 
 
 class Worker:
-    """One of pyfuse3's; a `Fibre`."""
+    """One of pyfuse3's; a `Fibre`.
 
-    __slots__ = ("_asleep", "_coroutine", "_crew")
+    Attributes:
+        awaits: SLEEP or DOZE as long as it does that, as a fibre; else None.
+    """
+
+    __slots__ = ("_coroutine", "_crew", "awaits")
 
     def __init__(self, crew: "Crew", coroutine: Coroutine[Any, Any, object]) -> None:
         self._crew = crew
         self._coroutine = coroutine
-        self._asleep = False
+        self.awaits: str | None = None
 
     def wake(self) -> None:
         """See ``Fibre``."""
-        if self._asleep:  # else it was given a task meanwhile
+        if self.awaits is not None:  # else it was given a task meanwhile
             here.ready.append(self)
 
     def go_on(self) -> None:
         """See ``Fibre``."""
-        crew = self._crew
-        if self._asleep:
-            self._asleep = False
-            crew.asleep -= 1
-            crew.dozing.discard(self)
+        self.awaits = None
         here.fibre = self
         try:
             trap = self._coroutine.send(None)
         except StopIteration:
-            crew.left()
+            self._crew.left()
             return
         except BaseException as error:
-            crew.failed(error)
+            self._crew.failed(error)
             return
         finally:
             here.fibre = None
         if trap is _IDLE:
-            crew.rest(self)
-        elif trap is SLEEP or trap is DOZE:
-            self._asleep = True
-            crew.asleep += 1
-            if trap is DOZE:
-                crew.dozes(self)
+            self._crew.rest(self)
+        elif trap is SLEEP:
+            self.awaits = trap
+        elif trap is DOZE:
+            self.awaits = trap
+            self._crew.tell_server()  # who may be about to end
         elif trap is OWN_TASK:
-            crew.needs_a_task(self._in_a_task)
+            self._crew.needs_a_task(self._in_a_task)
         else:
-            crew.failed(RuntimeError(f"a fibre awaited {trap!r} without a task of its own"))
+            self._crew.failed(RuntimeError(f"a fibre awaited {trap!r} without a task of its own"))
 
     def rouse(self) -> None:
-        """It dozes, and is to go on in a task, which can be cancelled."""
-        if self not in here.ready:
-            self._asleep = False
-            self._crew.asleep -= 1
-            self._crew.dozing.discard(self)
+        """If it dozes, it is to go on in a task, which can be cancelled."""
+        if self.awaits is DOZE and self not in here.ready:
+            self.awaits = None
             self._crew.needs_a_task(self._in_a_task)
 
     def dismiss(self) -> None:
@@ -167,8 +164,6 @@ class Crew:
     Attributes:
         loop: of the running event loop.
         idle: workers that wait for a request.
-        asleep: how many wait for a command, of their own or somebody else's.
-        dozing: those of them who wait for somebody else's.
         nursery: for those who need a task.
     """
 
@@ -177,9 +172,8 @@ class Crew:
         self._moved = moved
         self._seen = 0  # of these
         self.idle: list[Worker] = []
-        self.asleep = 0
-        self.dozing: set[Worker] = set()
         self.nursery: trio.Nursery
+        self._workers: list[Worker] = []
         self._new: list[Worker] = []
         self._count = 0
         self._over = False  # pyfuse3 has seen the end, or somebody else has
@@ -204,10 +198,8 @@ class Crew:
                 finally:
                     # Nobody may be left asleep: what wakes him later would find no crew.
                     with trio.CancelScope(shield=True):
-                        self._rouse()
-                        while self.asleep:
+                        while self._rouse():
                             await self._wait_for_workers()
-                            self._rouse()
         finally:
             if self._fd >= 0:
                 self.loop.unwatch(self._fd)
@@ -225,7 +217,9 @@ class Crew:
     ) -> None:
         """One more worker."""
         self._count += 1
-        self._new.append(Worker(self, function(*arguments)))
+        worker = Worker(self, function(*arguments))
+        self._workers.append(worker)
+        self._new.append(worker)
 
     def wait_readable(self, fd: int) -> Awaitable[None]:
         """Wait for a request: called by a worker, who is idle then.
@@ -239,30 +233,26 @@ class Crew:
             self._fd = fd
             self._poll.register(fd, select.POLLIN)
             self.loop.watch(fd)
-        return _Idle()
+        return _idle()
 
     # -- what becomes of workers -----------------------------------------------------------------------------------
 
     def rest(self, worker: Worker) -> None:
         """A worker is idle."""
         self.idle.append(worker)
-        self._tell_server()
-
-    def dozes(self, worker: Worker) -> None:
-        """A worker waits for what somebody else waits for, too."""
-        self.dozing.add(worker)
-        self._tell_server()  # who may be about to end
+        if self._waiting is not None:
+            self.tell_server()
 
     def needs_a_task(self, carry: Callable[[], Awaitable[None]]) -> None:
         """A worker can't go on as a fibre."""
         self.nursery.start_soon(carry)
-        self._tell_server()
+        self.tell_server()
 
     def left(self) -> None:
         """A worker has ended, which it does only when there are no more requests for anybody."""
         self._count -= 1
         self._over = True
-        self._tell_server()
+        self.tell_server()
 
     def failed(self, error: BaseException) -> None:
         """A worker broke down."""
@@ -271,9 +261,10 @@ class Crew:
         if self._error is None:
             self._error = error
         self.nursery.cancel_scope.cancel()
-        self._tell_server()
+        self.tell_server()
 
-    def _tell_server(self) -> None:
+    def tell_server(self) -> None:
+        """Something has become of a worker."""
         if self._waiting is not None:
             trio.lowlevel.reschedule(self._waiting)
             self._waiting = None
@@ -309,9 +300,11 @@ class Crew:
                 row = 0
                 await trio.lowlevel.checkpoint()
 
-    def _rouse(self) -> None:
-        for worker in list(self.dozing):
+    def _rouse(self) -> bool:
+        """Let no worker doze; whether one is still asleep."""
+        for worker in self._workers:
             worker.rouse()
+        return any(worker.awaits is not None for worker in self._workers)
 
     async def _wait_for_requests(self) -> None:
         if self._moved is not None:
