@@ -77,8 +77,8 @@ def bench(memory: Path, folder: Path, *arguments: str) -> dict[str, Any]:
 
 # The same as others, with another number.
 ALIKE = {
-    *(f"random-{verb}-{depth}" for verb in ("read", "write") for depth in (1, 16)),
-    *("far-25ms-read", "far-25ms-write", "mount-16"),
+    *("read-128k", "read-cat", "write-direct", "random-read-1", "random-read-4", "random-read-16", "random-write-1"),
+    *("random-write-16", "random-write-32", "readers-1-lun", "far-25ms-read", "far-25ms-write", "mount-16"),
 }
 
 

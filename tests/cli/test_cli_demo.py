@@ -83,9 +83,9 @@ def test_demo_keep(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("after", "number", "code"),
     [
-        ("iscsifuse mount", signal.SIGINT, 130),
+        pytest.param("iscsifuse mount", signal.SIGINT, 130, marks=pytest.mark.slow),
         ("sha256sum", signal.SIGTERM, 143),
-        ("iscsifuse ls", signal.SIGINT, 130),
+        pytest.param("iscsifuse ls", signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )
 def test_demo_interrupted(tmp_path: Path, after: str, number: int, code: int) -> None:

@@ -53,7 +53,10 @@ def sums(folder: Path) -> str:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("options", [(), ("--direct-io=on",)], ids=["buffered", "direct"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), id="buffered"), pytest.param(("--direct-io=on",), id="direct", marks=pytest.mark.slow)],
+)
 def test_ext4_on_a_loop_device(store: Store, tmp_path: Path, options: tuple[str, ...]) -> None:
     source = tmp_path / "source.tar"
     run("tar", "-C", Path(__file__).parents[2], "-cf", source, "iscsifuse", "tests", "docs", "pyproject.toml")

@@ -67,7 +67,15 @@ def test_a_mount_by_somebody_without_standard_streams(store: Store, tmp_path: Pa
     assert ended.returncode == 0
 
 
-@pytest.mark.parametrize("options", [(), ("-o", "direct_io"), ("-o", "cache_size=1M"), ("-o", "read_ahead=0")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        pytest.param(("-o", "direct_io"), marks=pytest.mark.slow),
+        ("-o", "cache_size=1M"),
+        pytest.param(("-o", "read_ahead=0"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_disk_reads_as_its_backing_file(store: Store, tmp_path: Path, options: tuple[str, ...]) -> None:
     with Mounted(store.server.url(ONE), tmp_path / "m", *options) as mounted:
         assert sha256(mounted.lun(1)) == sha256(store.random)
@@ -81,8 +89,15 @@ def test_a_gibibyte_reads_as_its_backing_file(store: Store, tmp_path: Path) -> N
         assert sha256(mounted.lun(3)) == sha256(backing)
 
 
-@pytest.mark.parametrize("digests", [False, True], ids=["plain", "digests"])
-@pytest.mark.parametrize("write", ["behind", "through"])
+@pytest.mark.parametrize(
+    ("write", "digests"),
+    [
+        pytest.param("behind", False, id="behind-plain", marks=pytest.mark.slow),
+        pytest.param("behind", True, id="behind-digests"),
+        pytest.param("through", False, id="through-plain"),
+        pytest.param("through", True, id="through-digests", marks=pytest.mark.slow),
+    ],
+)
 def test_odd_writes_land_where_they_should(store: Store, tmp_path: Path, write: str, digests: bool) -> None:
     options = ["--rw", "-o", f"write={write}"]
     if digests:

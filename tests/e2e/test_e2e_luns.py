@@ -108,7 +108,7 @@ def test_luns_300_and_16383_without_a_lun_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.conformance(120)
-@pytest.mark.parametrize("write", ["behind", "through"])
+@pytest.mark.parametrize("write", ["behind", pytest.param("through", marks=pytest.mark.slow)])
 def test_blocks_of_520_bytes(tmp_path: Path, write: str) -> None:
     """No page of the kernel's ends where a block ends."""
     blocks = 5000
@@ -131,7 +131,10 @@ def test_blocks_of_520_bytes(tmp_path: Path, write: str) -> None:
 
 @pytest.mark.conformance(120)
 @pytest.mark.conformance(121)
-@pytest.mark.parametrize("options", ["write=behind", "write=through", "direct_io"])
+@pytest.mark.parametrize(
+    "options",
+    ["write=behind", *(pytest.param(name, marks=pytest.mark.slow) for name in ("write=through", "direct_io"))],
+)
 def test_unaligned_writes_of_many_threads_on_4096_byte_blocks(tmp_path: Path, options: str) -> None:
     """Neighbours share blocks, and each one's bytes arrive. The disk takes 8 blocks at a time, no more."""
     pieces, length = 400, 1500  # in every block there are bytes of three or four pieces
@@ -210,7 +213,10 @@ def test_a_medium_that_is_taken_away_is_no_medium(tmp_path: Path) -> None:
 
 
 @pytest.mark.conformance(111)
-@pytest.mark.parametrize("descriptor_sense", [False, True], ids=["fixed", "descriptor"])
+@pytest.mark.parametrize(
+    "descriptor_sense",
+    [pytest.param(False, id="fixed"), pytest.param(True, id="descriptor", marks=pytest.mark.slow)],
+)
 def test_one_bad_sector_costs_exactly_its_512_bytes(tmp_path: Path, descriptor_sense: bool) -> None:
     """``dd iflag=direct bs=512 conv=noerror,sync``, as an examiner would: zeros in one place, the rest as it is."""
     data = content(MIB)
@@ -349,7 +355,7 @@ def test_a_lun_that_tgtd_adds_and_takes_away(tgt_server: TgtServer, tmp_path: Pa
 # --- what a program is told ---
 
 
-@pytest.mark.parametrize("write", ["behind", "through"])
+@pytest.mark.parametrize("write", ["behind", pytest.param("through", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("answer", "number"),
     [

@@ -210,7 +210,7 @@ def test_a_line_in_fstab(store: Store, system: Namespace, point: Path, tmp_path:
     assert sha256(store.random) == before
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["iscsifuse", pytest.param("fuse.iscsifuse", marks=pytest.mark.slow)])
 def test_mount8_says_rw_where_nobody_says_ro(store: Store, system: Namespace, point: Path, kind: str) -> None:
     """Its helpers can't tell whether a person wrote it, so the README tells people to write ``ro``."""
     for options, writable in (((), True), (("-o", "ro"), False), (("-r",), False)):

@@ -70,8 +70,16 @@ def test_fio_verifies_and_the_dissector_counts_the_same(
     assert {code: times[code] for code in (0x28, 0x2A, 0x35)} == {code: answered[code] for code in (0x28, 0x2A, 0x35)}
 
 
-@pytest.mark.parametrize("mib", [3, pytest.param(12, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", [("-o", "write=through"), ("-o", "direct_io"), ("-o", "cache_size=2M")])
+@pytest.mark.parametrize(
+    ("options", "mib"),
+    [
+        (("-o", "cache_size=2M"), 3),
+        *(
+            pytest.param(("-o", option), 12, marks=pytest.mark.slow)
+            for option in ("write=through", "direct_io", "cache_size=2M")
+        ),
+    ],
+)
 def test_fio_verifies_with_other_caches(store: Store, tmp_path: Path, options: tuple[str, ...], mib: int) -> None:
     with Mounted(store.server.url(ONE), tmp_path / "m", "--rw", *options) as mounted:
         fio(mounted.lun(2), "--bsrange=512-256k", "--bs_unaligned", "--ioengine=psync", mib=mib)

@@ -17,7 +17,7 @@ from support.cli import is_mounted, run_cli
 pytestmark = [pytest.mark.fuse, pytest.mark.conformance("B12")]
 
 TARGET = "iqn.2026-11.com.example:mutant"
-QUICK = 4
+QUICK = 2
 ALL = 40
 SIZE = 512 * 1024
 PIECE = 128 * 1024

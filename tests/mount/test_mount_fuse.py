@@ -109,7 +109,14 @@ def test_mount_on_a_file(ram: Ram, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"direct_io": True}, {"write_behind": False}, {"block_length": 4096}], ids=str
+    "options",
+    [
+        {},
+        pytest.param({"direct_io": True}, marks=pytest.mark.slow),
+        {"write_behind": False},
+        pytest.param({"block_length": 4096}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_bytes_survive(ram: Ram, options: dict[str, object], tmp_path: Path) -> None:
     blocks = 16 * MIB // int(str(options.get("block_length", 512)))
