@@ -80,7 +80,11 @@ class _Ending(Protocol):
 
 @types.coroutine
 def asleep(ending: _Ending) -> Generator[str, None, None]:
-    """For a fibre (see ``here``): stop until something is done. Can't be cancelled."""
+    """For a fibre (see ``here``): stop until something is done. Can't be cancelled.
+
+    Args:
+        ending: looked at after each `Fibre.wake`.
+    """
     while not ending.done:
         yield SLEEP
 

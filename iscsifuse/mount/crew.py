@@ -240,7 +240,7 @@ class Crew:
     def rest(self, worker: Worker) -> None:
         """A worker is idle."""
         self.idle.append(worker)
-        if self._waiting is not None:
+        if self._waiting is not None:  # hardly ever, and this comes by with each request
             self.tell_server()
 
     def needs_a_task(self, carry: Callable[[], Awaitable[None]]) -> None:
