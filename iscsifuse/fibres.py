@@ -2,8 +2,8 @@
 
 To wake a trio task costs some microseconds and a round of the event loop; a small read needed that twice, which was a
 fifth of all that it cost. A *fibre* is a coroutine that is called again by whoever sees the end of what it waits for:
-the price of a call. pyfuse3's workers are such fibres (`iscsifuse.mount.crew`); what they call serves tasks, too
-(write-back, read-ahead, login), and needn't know which of the two runs it, but for one rule.
+the price of a call. pyfuse3's workers, write-back and read-ahead are such fibres (`iscsifuse.strands`); what they
+call serves tasks, too, and needn't know which of the two runs it, but for one rule.
 
 **The rule.** trio knows tasks only: a cancel scope that a fibre opened would be that of whichever task happens to
 call it. So a fibre awaits `asleep`, `doze`, or something that keeps this rule itself, and nothing else of trio's

@@ -68,12 +68,11 @@ class Prefetcher:
         self._workers = Workers(depth, take=self._take, work=self._read)
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Read ahead in this nursery's tasks from now on."""
+        """Read ahead in this nursery from now on; see `Workers.start`."""
         self._workers.start(nursery)
 
     def stop(self) -> None:
         """No more read-ahead."""
-        self._workers.stop()
         self._ranges.clear()
 
     def submit(self, stream: Stream, start: int, stop: int) -> None:

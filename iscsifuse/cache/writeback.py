@@ -103,7 +103,7 @@ class WriteBack:
     # -- life ---------------------------------------------------------------------------------------------------
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Write back in this nursery's tasks from now on."""
+        """Write back in this nursery from now on; see `Workers.start`."""
         self._running = True
         self._workers.start(nursery)
         nursery.start_soon(self._clock)
@@ -111,7 +111,6 @@ class WriteBack:
     def stop(self) -> None:
         """The tasks are gone: what is still dirty is lost, and that is recorded as the error that it is."""
         self._running = False
-        self._workers.stop()
         for _ in self.unsynced.take():
             pass  # The disk has it. Whoever wanted more has called ``sync``, and was told.
         lost = 0
