@@ -1,4 +1,4 @@
-"""What all sessions of an event loop share: sending once for many, waiting without going to sleep, waking fibres.
+"""What all sessions of an event loop share: when to send, when to receive, when to sleep, who wakes fibres.
 
 **Sending.** A send of 48 bytes costs several microseconds of kernel time, most of which is the way through TCP and
 the waking of the other side; many commands in one send cost little more than one. trio tells instruments when it is
@@ -9,6 +9,11 @@ and be woken. So its task may look at its socket again and again for a few micro
 go of the processor, as QEMU's ``poll-max-ns`` has it. Three things keep that harmless: it ends as soon as any other
 descriptor that belongs to us has something to say; nobody does it while more than one command is under way; and how
 long it may last (`Glance`) follows from how long the last waits were, down to not at all.
+
+**A round without the event loop.** Where many requests are under way the answers to some are there as soon as the
+others have been taken, and two tasks to wake for that, with three system calls, cost as much as two small reads. So
+who serves requests, and has none, does what the event loop would do next (`Loop.look_around`): sends what was put
+off, and has sockets that are readable received from.
 
 **Fibres** (`iscsifuse.fibres`) that were woken and that nobody has called since go on before the loop waits for I/O.
 """
@@ -68,6 +73,7 @@ class Loop(trio.abc.Instrument):
         self._due: list[Callable[[], None]] = []
         self._token = trio.lowlevel.current_trio_token()
         self._poll = select.poll()
+        self._receivers: dict[int, Callable[[], None]] = {}  # by descriptor
 
     @classmethod
     def current(cls) -> "Loop":
@@ -96,21 +102,33 @@ class Loop(trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002 - trio's signature
         """The event loop has nothing else to do. See ``trio.abc.Instrument``."""
+        self._send_what_was_put_off()
+        if here.ready:
+            self.wake_soon(run_ready)
+
+    def _send_what_was_put_off(self) -> None:
         if self._due:
             due, self._due = self._due, []
             for function in due:
                 function()
-        if here.ready:
-            self.wake_soon(run_ready)
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 
-    def watch(self, fd: int) -> None:
-        """A descriptor whose news must not wait while somebody looks for his own."""
+    def watch(self, fd: int, receive: Callable[[], None] | None = None) -> None:
+        """A descriptor whose news must not wait while somebody looks for his own.
+
+        Args:
+            fd: it. May be watched already.
+            receive: takes in what is there, once. A plain call that raises nothing; where nothing is there after all,
+                it does nothing.
+        """
         self._poll.register(fd, select.POLLIN)
+        if receive is not None:
+            self._receivers[fd] = receive
 
     def unwatch(self, fd: int) -> None:
         """Forget a descriptor, before it is closed; unknown ones are ignored."""
+        self._receivers.pop(fd, None)
         with contextlib.suppress(KeyError):
             self._poll.unregister(fd)
 
@@ -132,6 +150,27 @@ class Loop(trio.abc.Instrument):
                 return len(ready) == 1 and ready[0][0] == fd
             if time.monotonic_ns() >= end:
                 return False
+
+    def look_around(self, fd: int) -> bool:
+        """Do at once what the event loop would do next, without letting other tasks run.
+
+        Args:
+            fd: watched by the caller.
+
+        Returns:
+            Whether something was received, or ``fd`` has news: it is worth looking there again. If not, the event
+            loop has to have its turn.
+        """
+        self._send_what_was_put_off()
+        found = False
+        for ready, _ in self._poll.poll(0):
+            receive = self._receivers.get(ready)
+            if receive is not None:
+                receive()
+                found = True
+            elif ready == fd:
+                found = True
+        return found
 
 
 _loop: trio.lowlevel.RunVar[Loop] = trio.lowlevel.RunVar("iscsifuse loop")

@@ -272,6 +272,7 @@ class Session:
             if self._early:
                 self._handle(self.connection.feed(self._early))
                 self._send()
+            self.transport.let_others_receive(self._receive_in_between)
             await self._read_on()
         except (IscsifuseError, trio.ClosedResourceError) as error:
             self.fail(error if isinstance(error, IscsifuseError) else SessionLostError("the connection was closed"))
@@ -288,6 +289,14 @@ class Session:
                 # Those who were woken shall run, even if the target never pauses.
                 turn = 0
                 await trio.lowlevel.checkpoint()
+
+    def _receive_in_between(self) -> None:
+        """For `Loop.look_around`: in the reader's place, which sleeps or is about to."""
+        if self.error is None:
+            try:
+                self._receive()
+            except IscsifuseError as error:
+                self.fail(error)
 
     def _receive(self) -> bool:
         """Take in what is there, if anything is; whether it is worth trying again at once.

@@ -245,6 +245,10 @@ class Transport:
         self.bytes_received += count
         return count
 
+    def let_others_receive(self, receive: Callable[[], None]) -> None:
+        """From now on ``receive`` may be called whenever something is there; see `Loop.look_around`."""
+        self._loop.watch(self._fd, receive)
+
     def glance(self, limit: int) -> bool:
         """Look for a moment whether something comes; see `Loop.glance`.
 

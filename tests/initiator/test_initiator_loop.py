@@ -89,6 +89,44 @@ async def test_glance_ends_when_others_have_news(pair: tuple[socket.socket, sock
         loop.unwatch(other.fileno())
 
 
+async def test_look_around_sends_and_receives_and_tells_what_it_is_worth(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    loop = Loop.current()
+    ours, theirs = pair
+    requests, programs = socket.socketpair()
+    quiet, friend = socket.socketpair()
+    seen: list[str] = []
+
+    def receive() -> None:
+        seen.append(ours.recv(10).decode())
+
+    with ours, theirs, requests, programs, quiet, friend:
+        for sock in (requests, quiet, ours):
+            loop.watch(sock.fileno())
+        loop.watch(ours.fileno(), receive)  # has a receiver from now on
+        fd = requests.fileno()
+        loop.put_off(lambda: seen.append("sent"))
+        assert not loop.look_around(fd)
+        assert seen == ["sent"]
+        assert not loop.look_around(fd)
+        theirs.send(b"answer")
+        assert loop.look_around(fd)
+        assert not loop.look_around(fd)
+        assert seen == ["sent", "answer"]  # each once
+        programs.send(b"request")
+        assert loop.look_around(fd)
+        assert requests.recv(10) == b"request"  # left to the caller
+        friend.send(b"x")
+        assert not loop.look_around(fd)  # for the event loop: nobody here can receive it
+        theirs.send(b"more")
+        loop.unwatch(ours.fileno())
+        assert not loop.look_around(fd)
+        assert seen == ["sent", "answer"]
+        loop.unwatch(fd)
+        loop.unwatch(quiet.fileno())
+
+
 def test_how_long_to_look_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     glance = Glance(100 * MICROSECOND)

@@ -584,6 +584,32 @@ async def test_session_a_write_that_fails_early_lets_go_of_its_memory() -> None:
     assert disk.contents(blocks=2048) == bytes(2048 * 512)
 
 
+async def test_session_whoever_serves_others_may_receive_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(config_of(_disk())) as target, conversation() as nursery:
+        session = Session(await log_in_to(target, settings_of()), settings_of(), CommandStatistics())
+        monkeypatch.setattr(session.transport, "wait_readable", trio.sleep_forever)  # the reader does nothing
+        nursery.start_soon(session.run)
+        await trio.testing.wait_all_tasks_blocked()
+        loop = Loop.current()
+        assert not loop.look_around(-1)
+        session._receive_in_between()  # nothing is there, after all
+        memory = memoryview(bytearray(512))
+        task = session.start(cdbs.read(lba=5, blocks=1), lun=LUN_0, buffer_in=memory, exact=True)
+        found = 0
+        while not task.done:
+            await trio.lowlevel.checkpoint()
+            found += loop.look_around(-1)
+        assert found
+        assert bytes(memory) == pattern(6 * 512)[5 * 512 :]
+        for serving_session in list(target.sessions):
+            serving_session.end()
+        while session.error is None:
+            await trio.lowlevel.checkpoint()
+            loop.look_around(-1)
+        session._receive_in_between()
+        assert not loop.look_around(-1)
+
+
 async def test_session_the_run_task_is_cancelled() -> None:
     config = config_of(_disk())
     config.script.add(Rule(IN, match=READ, action=Late(60)))

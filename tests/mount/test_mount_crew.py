@@ -415,6 +415,51 @@ async def test_workers_may_be_hired_while_it_runs(kernel: Kernel) -> None:
     assert kernel.ended == 3
 
 
+async def test_answers_are_taken_in_by_who_serves(kernel: Kernel) -> None:
+    sleepers = Sleepers()
+    kernel.handle = sleepers.handle
+    far, near = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def receive() -> None:
+        sleepers.wake(near.recv(100))
+        run_ready()
+
+    with far, near, trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            Loop.current().watch(near.fileno(), receive)
+            kernel.ask(b"a", b"b")
+            far.send(b"a")
+            far.send(b"b")
+            nursery.start_soon(kernel.main)
+            await trio.testing.wait_all_tasks_blocked()
+            assert sleepers.awake == [b"a", b"b"]
+            Loop.current().unwatch(near.fileno())
+            kernel.ask(STOP)
+
+
+async def test_answers_without_end_do_not_starve_others(kernel: Kernel) -> None:
+    far, near = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    looked = 0
+
+    def receive() -> None:  # and leave it there
+        nonlocal looked
+        looked += 1
+
+    with far, near, trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            Loop.current().watch(near.fileno(), receive)
+            far.send(b"x")
+            nursery.start_soon(kernel.main)
+            await trio.testing.wait_all_tasks_blocked()
+            before = looked
+            kernel.ask(b"a")
+            await trio.testing.wait_all_tasks_blocked()
+            assert kernel.taken == [b"a"]
+            assert before < looked <= before + 32
+            Loop.current().unwatch(near.fileno())
+            kernel.ask(STOP)
+
+
 def looks_in_vain(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The limits, in nanoseconds, of all looks from now on; none of them finds anything."""
     looks: list[int] = []
