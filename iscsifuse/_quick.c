@@ -47,6 +47,7 @@ enum { N_EXP_STAT_SN, N_NEXT_ITT, N_SLOTS };
 enum { R_CALLS, R_BYTES, R_TOTAL, R_MINIMUM, R_MAXIMUM, R_SLOTS };
 enum { C_START, C_END, C_CONTINUED, C_SLOTS };
 enum { S_BEHIND, S_SLOTS };
+enum { O_CANDIDATES, O_STARTS, O_COUNT, O_IS_FAR, O_SLOTS };
 #define MOST_SLOTS 32
 
 typedef struct {
@@ -67,8 +68,9 @@ static Known numbers_class = {.name = "Numbers", .slots = {"exp_stat_sn", "next_
 static Known rows_class = {.name = "CommandRow", .slots = {"calls", "bytes", "total", "minimum", "maximum"}};
 static Known candidates_class = {.name = "Candidate", .slots = {"start", "end", "continued"}};
 static Known streams_class = {.name = "Stream", .slots = {"behind"}};
+static Known others_class = {.name = "RandomReads", .slots = {"candidates", "starts", "count", "is_far"}};
 static Known *const all_known[] = {
-    &tasks_class, &windows_class, &numbers_class, &rows_class, &candidates_class, &streams_class,
+    &tasks_class, &windows_class, &numbers_class, &rows_class, &candidates_class, &streams_class, &others_class,
 };
 
 static PyObject *zero, *one, *minus_one, *no_bytes, *read_10;
@@ -487,7 +489,44 @@ static PyObject *end_reads(PyObject *Py_UNUSED(module), PyObject *const *args, P
     return Py_BuildValue("ldN", ended, quickest, others);
 }
 
-/* -- note_stray --------------------------------------------------------------------------------------------------- */
+/* -- take_stray --------------------------------------------------------------------------------------------------- */
+
+/* What a small read has to be compared with, and the limits: `BlockCache._what_strays_leave`, in this order. */
+typedef struct {
+    PyObject *others, *streams, *extents, *visited;
+    long long slots, look_every, most, near, longest, extent_length, block_length;
+    PyObject *candidates, *starts;
+    long long count;
+} Tables;
+
+static int to_tables(PyObject *tuple, Tables *tables)
+{
+    if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) != 11)
+        return 0;
+    PyObject **const given = &PyTuple_GET_ITEM(tuple, 0);
+    tables->others = given[0];
+    tables->streams = given[1];
+    tables->extents = given[2];
+    tables->visited = given[3];
+    return is_a(tables->others, &others_class) && PyDict_CheckExact(tables->streams) &&
+           PyDict_CheckExact(tables->extents) && PyDict_CheckExact(tables->visited) &&
+           to_size(given[4], &tables->slots) && to_size(given[5], &tables->look_every) &&
+           to_size(given[6], &tables->most) && to_size(given[7], &tables->near) &&
+           to_size(given[8], &tables->longest) && to_size(given[9], &tables->extent_length) &&
+           to_size(given[10], &tables->block_length) && tables->look_every > 0 && tables->extent_length > 0 &&
+           tables->block_length > 0 && candidates_class.type != NULL;
+}
+
+/* Whether nothing has to be looked at but the tables: the target isn't far, nor is it time to look whether it is. */
+static int is_usual(Tables *tables)
+{
+    tables->candidates = get(tables->others, &others_class, O_CANDIDATES);
+    tables->starts = get(tables->others, &others_class, O_STARTS);
+    return tables->candidates != NULL && PyDict_CheckExact(tables->candidates) && tables->starts != NULL &&
+           PyDict_CheckExact(tables->starts) &&
+           to_size(get(tables->others, &others_class, O_COUNT), &tables->count) &&
+           get(tables->others, &others_class, O_IS_FAR) == Py_False && tables->count % tables->look_every != 0;
+}
 
 /* Whether a request that begins at an offset may be one of a stream's. */
 static int is_near(PyObject *streams, long long offset, long long near)
@@ -510,6 +549,17 @@ static int has_either(PyObject *table, PyObject *first, PyObject *second)
 {
     int found = PyDict_Contains(table, first);
     return found ? found : PyDict_Contains(table, second);
+}
+
+/* Whether a read is of a place that somebody knows of; -1 with an exception. */
+static int is_known(const Tables *tables, PyObject *index, PyObject *offset, PyObject *end)
+{
+    int found = PyDict_Contains(tables->extents, index);
+    if (!found)
+        found = PyDict_Contains(tables->visited, index);
+    if (!found)
+        found = has_either(tables->candidates, offset, end);
+    return found ? found : has_either(tables->starts, offset, end);
 }
 
 /* `ReadAhead._make_room`: 0, or -1 with an exception. */
@@ -535,34 +585,85 @@ static int forget_oldest(PyObject *candidates, PyObject *starts)
     return failed || PyErr_Occurred() ? -1 : 0;
 }
 
-/* note_stray(streams, candidates, starts, offset, end, near, most): whether a request continues nothing, and is now a
- * candidate; False where nothing has happened. */
-static PyObject *note_stray(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+/* A candidate for a stream as `ReadAhead` makes one: 0, or -1 with an exception. */
+static int remember(const Tables *tables, PyObject *offset, PyObject *end)
 {
-    long long offset, end, near, most;
-    if (count != 7 || !PyDict_CheckExact(args[0]) || !PyDict_CheckExact(args[1]) || !PyDict_CheckExact(args[2]) ||
-        !to_size(args[3], &offset) || !to_size(args[4], &end) || !to_size(args[5], &near) ||
-        !to_size(args[6], &most) || candidates_class.type == NULL)
-        return wrong_arguments("note_stray");
-    PyObject *const candidates = args[1], *const starts = args[2];
-    if (is_near(args[0], offset, near))
-        Py_RETURN_FALSE;
-    int found = has_either(candidates, args[3], args[4]);
-    if (!found)
-        found = has_either(starts, args[3], args[4]);
-    if (found)
-        return found < 0 ? NULL : Py_NewRef(Py_False);
-    if (PyDict_GET_SIZE(candidates) >= most && forget_oldest(candidates, starts) < 0)
+    if (PyDict_GET_SIZE(tables->candidates) >= tables->most && forget_oldest(tables->candidates, tables->starts) < 0)
+        return -1;
+    PyObject *count = PyLong_FromLongLong(tables->count + 1);
+    PyObject *candidate = count == NULL ? NULL : candidates_class.type->tp_alloc(candidates_class.type, 0);
+    int failed = candidate == NULL;
+    if (!failed) {
+        set(candidate, &candidates_class, C_START, offset);
+        set(candidate, &candidates_class, C_END, end);
+        set(candidate, &candidates_class, C_CONTINUED, zero);
+        set(tables->others, &others_class, O_COUNT, count);
+        failed = PyDict_SetItem(tables->candidates, end, candidate) < 0 ||
+                 PyDict_SetItem(tables->starts, offset, candidate) < 0;
+    }
+    Py_XDECREF(candidate);
+    Py_XDECREF(count);
+    return failed ? -1 : 0;
+}
+
+/* `AsideReader.is_stray`: 0, or -1 with an exception. */
+static int visit(const Tables *tables, PyObject *index)
+{
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    if (PyDict_GET_SIZE(tables->visited) >= tables->slots && PyDict_Next(tables->visited, &position, &key, &value)) {
+        Py_INCREF(key);
+        int failed = PyDict_DelItem(tables->visited, key) < 0;
+        Py_DECREF(key);
+        if (failed)
+            return -1;
+    }
+    return PyDict_SetItem(tables->visited, index, Py_None);
+}
+
+/* So many zeros, which the result alone holds; NULL with an exception. */
+static PyObject *new_memory(Py_ssize_t length)
+{
+    PyObject *bytes = PyByteArray_FromStringAndSize(NULL, length);
+    if (bytes == NULL)
         return NULL;
-    PyObject *candidate = candidates_class.type->tp_alloc(candidates_class.type, 0);
-    if (candidate == NULL)
-        return NULL;
-    set(candidate, &candidates_class, C_START, args[3]);
-    set(candidate, &candidates_class, C_END, args[4]);
-    set(candidate, &candidates_class, C_CONTINUED, zero);
-    int failed = PyDict_SetItem(candidates, args[4], candidate) < 0 || PyDict_SetItem(starts, args[3], candidate) < 0;
-    Py_DECREF(candidate);
-    return failed ? NULL : Py_NewRef(Py_True);
+    memset(PyByteArray_AS_STRING(bytes), 0, (size_t)length);
+    PyObject *memory = PyMemoryView_FromObject(bytes);
+    Py_DECREF(bytes);
+    return memory;
+}
+
+/* take_stray(tables, offset, length, size): memory for a read that is near to nothing, which is remembered now; None
+ * where it is any other one, and nothing has happened. */
+static PyObject *take_stray(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    Tables tables;
+    long long offset, length, size;
+    if (count != 4 || !to_tables(args[0], &tables) || !to_size(args[1], &offset) || !to_size(args[2], &length) ||
+        !to_size(args[3], &size))
+        return wrong_arguments("take_stray");
+    if (length == 0 || length > tables.longest || length > size || offset > size - length ||
+        offset % tables.block_length != 0 || length % tables.block_length != 0 ||
+        length > tables.extent_length - offset % tables.extent_length || !is_usual(&tables) ||
+        is_near(tables.streams, offset, tables.near))
+        Py_RETURN_NONE;
+    PyObject *result = NULL, *memory = NULL;
+    PyObject *index = PyLong_FromLongLong(offset / tables.extent_length), *end = PyLong_FromLongLong(offset + length);
+    if (index == NULL || end == NULL)
+        goto end;
+    const int known = is_known(&tables, index, args[1], end);
+    if (known) {
+        result = known < 0 ? NULL : Py_NewRef(Py_None);
+        goto end;
+    }
+    memory = new_memory((Py_ssize_t)length);
+    if (memory != NULL && remember(&tables, args[1], end) == 0 && visit(&tables, index) == 0)
+        result = Py_NewRef(memory);
+end:
+    Py_XDECREF(memory);
+    Py_XDECREF(index);
+    Py_XDECREF(end);
+    return result;
 }
 
 /* -- the module --------------------------------------------------------------------------------------------------- */
@@ -612,7 +713,7 @@ static PyMethodDef methods[] = {
     FAST(start_read),
     FAST(take_reads),
     FAST(end_reads),
-    FAST(note_stray),
+    FAST(take_stray),
     {NULL, NULL, 0, NULL},
 };
 

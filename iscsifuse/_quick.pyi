@@ -22,13 +22,4 @@ def take_reads(
     /,
 ) -> int: ...
 def end_reads(events: list[Any], rows: dict[int, Any], now: float, /) -> tuple[int, float, list[Any]]: ...
-def note_stray(
-    streams: dict[int, Any],
-    candidates: dict[int, Any],
-    starts: dict[int, Any],
-    offset: int,
-    end: int,
-    near: int,
-    most: int,
-    /,
-) -> bool: ...
+def take_stray(tables: tuple[object, ...], offset: int, length: int, size: int, /) -> memoryview | None: ...

@@ -10,7 +10,7 @@ short cut      through                                where nothing is unusual
 `start_read`   `Connection.submit`                    a READ(10) is made, numbered and encoded
 `take_reads`   `FrameReceiver`, `Incoming`            Data-In PDUs that each end their read are taken in
 `end_reads`    `Session._end`, `CommandStatistics`    reads that ended well are counted, their callers told
-`note_stray`   `ReadAhead.observe`                    a request that continues nothing is remembered
+`take_stray`   `BlockCache.read`, `ReadAhead`         a read that is near to nothing is remembered, and gets memory
 =============  =====================================  =========================================================
 
 **The Python is complete without them, and defines what they do.** Each looks first and changes nothing meanwhile;
@@ -25,7 +25,7 @@ ISCSIFUSE_PURE is set in the environment.
 import os
 from typing import TypeVar
 
-__all__ = ["end_reads", "known", "note_stray", "start_read", "take_reads"]
+__all__ = ["end_reads", "known", "start_read", "take_reads", "take_stray"]
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -39,7 +39,7 @@ if _compiled:
 start_read = _quick.start_read if _compiled else None
 take_reads = _quick.take_reads if _compiled else None
 end_reads = _quick.end_reads if _compiled else None
-note_stray = _quick.note_stray if _compiled else None
+take_stray = _quick.take_stray if _compiled else None
 
 
 def known(cls: _Class) -> _Class:

@@ -44,6 +44,7 @@ class AsideReader:
         reads: how many were made.
         commands: that they took.
         arrived: bytes that these brought.
+        visited: extents that aren't cached, where a stray was read; oldest first. (For `take_stray`, too.)
     """
 
     def __init__(self, device: BlockDevice, *, filler: Filler, keep_strays: bool) -> None:
@@ -53,14 +54,14 @@ class AsideReader:
         self._geometry = filler.geometry
         self._pool = filler.pool
         self._keep_strays = keep_strays
-        self._visited: dict[int, None] = {}  # extents that aren't cached, where a stray was read; oldest first
+        self.visited: dict[int, None] = {}
         self._turns = trio.Semaphore(_MOST_ASIDE)
 
     def is_stray(self, index: int) -> bool:
         """Whether a place is not to be cached yet, since nobody has asked for it of late; now somebody has."""
         if self._keep_strays:
             return False
-        visited = self._visited
+        visited = self.visited
         if index in visited:
             del visited[index]
             return False
@@ -68,6 +69,23 @@ class AsideReader:
             del visited[next(iter(visited))]
         visited[index] = None
         return True
+
+    async def read_stray(self, memory: memoryview, offset: int) -> Buffer:
+        """`read`, for whole blocks within an extent that isn't cached, where that is known already.
+
+        Args:
+            memory: where to.
+            offset: first byte, at the beginning of a block.
+        """
+        self.reads += 1
+        self.commands += 1
+        geometry = self._geometry
+        first = offset // geometry.block_length
+        await self._device.read_into(memory, lba=first)
+        self.arrived += len(memory)
+        if first // geometry.blocks in self._extents:
+            self._overlay(memory, first, first + len(memory) // geometry.block_length)
+        return memory
 
     async def read_in_turn(self, offset: int, stop: int) -> Buffer:
         """A read for which there is no other way; large ones are limited in number, since they take memory."""
@@ -84,19 +102,15 @@ class AsideReader:
         Raises:
             IscsifuseError: the device's own.
         """
-        self.reads += 1
         block = self._geometry.block_length
         first, last = offset // block, -(-stop // block)
         buffer = _memory((last - first) * block)
         blocks = self._geometry.blocks
         if first // blocks not in self._extents and (last - 1) // blocks == first // blocks:
             # The usual stray: all of it is on the device, and only there.
-            self.commands += 1
-            await self._device.read_into(buffer, lba=first)
-            self.arrived += len(buffer)
-            if first // blocks in self._extents:
-                self._overlay(buffer, first, last)
+            await self.read_stray(buffer, first * block)
             return buffer[offset - first * block : stop - first * block]
+        self.reads += 1
         missing = self._overlay(buffer, first, last)
         for begin, end in runs(missing):
             self.commands += 1

@@ -19,6 +19,8 @@ calls end. Hence no circles, and no waiting for ever.
 """
 
 import logging
+from collections.abc import Coroutine
+from typing import Any
 
 import trio
 
@@ -31,13 +33,14 @@ from iscsifuse.cache.filling import Filler
 from iscsifuse.cache.pacing import Pacer
 from iscsifuse.cache.pool import BufferPool
 from iscsifuse.cache.prefetch import Prefetcher
-from iscsifuse.cache.readahead import ReadAhead
+from iscsifuse.cache.readahead import CANDIDATES, LOOK_EVERY, NEAR, ReadAhead
 from iscsifuse.cache.settings import CacheSettings, CacheStats
 from iscsifuse.cache.spans import SpanReader
 from iscsifuse.cache.through import WriteThrough
 from iscsifuse.cache.writeback import WriteBack
 from iscsifuse.errors import ParameterDataError, WriteBackError
 from iscsifuse.fibres import own_task
+from iscsifuse.quick import take_stray
 
 __all__ = ["BlockCache"]
 
@@ -98,6 +101,7 @@ class BlockCache(BlockFile):
         self._flush_alarm = trio.Event()
         self._hits = self._misses = self._writes = 0
         self._aside = AsideReader(device, filler=self._filler, keep_strays=settings.keep_strays)
+        self._strays = None if settings.keep_strays else self._what_strays_leave()
         self._spans = SpanReader(filler=self._filler, aside=self._aside)
         self._read_span = self._spans.read
 
@@ -215,8 +219,22 @@ class BlockCache(BlockFile):
         self._pool.touch(extent, wanted, start=start, stop=end)
         return extent.view[start:end]
 
-    async def read(self, offset: int, length: int) -> Buffer:
+    def read(self, offset: int, length: int) -> Coroutine[Any, Any, Buffer]:
         """See ``BlockFile.read``."""
+        if take_stray is not None and self._watching and self._strays is not None:
+            memory = take_stray(self._strays, offset, length, self._device.block_count * self._block_length)
+            if memory is not None:
+                self._misses += 1
+                return self._aside.read_stray(memory, offset)
+        return self._read(offset, length)
+
+    def _what_strays_leave(self) -> tuple[object, ...]:
+        """As `take_stray` wants it."""
+        policy, aside = self._policy, self._aside
+        numbers = (LOOK_EVERY, CANDIDATES, NEAR, LONGEST_STRAY, self._extent_length, self._block_length)
+        return (policy.random, policy.streams, self._extents, aside.visited, self._pool.slots, *numbers)
+
+    async def _read(self, offset: int, length: int) -> Buffer:
         block = self._block_length
         size = self._device.block_count * block
         stop = offset + length

@@ -25,9 +25,9 @@ of alternating between a full and a half one.
 from collections.abc import Callable
 
 from iscsifuse.cache.distance import FAR, PLACE, SEEN, Leaps, Places
-from iscsifuse.quick import known, note_stray
+from iscsifuse.quick import known
 
-__all__ = ["ReadAhead", "Stream"]
+__all__ = ["CANDIDATES", "LOOK_EVERY", "NEAR", "RandomReads", "ReadAhead", "Stream"]
 
 INITIAL = 256 * 1024
 STEP = 1 << 20
@@ -77,6 +77,26 @@ class Candidate:
         self.continued = 0
 
 
+@known
+class RandomReads:
+    """Requests that belong to no stream.
+
+    Attributes:
+        candidates: segments by their end, oldest first.
+        starts: the same by their start.
+        count: how many requests were near to nothing, since everything was forgotten.
+        is_far: whether the target was far away when that was last looked at.
+    """
+
+    __slots__ = ("candidates", "count", "is_far", "starts")
+
+    def __init__(self) -> None:
+        self.candidates: dict[int, Candidate] = {}
+        self.starts: dict[int, Candidate] = {}
+        self.count = 0
+        self.is_far = False
+
+
 class ReadAhead:
     """The streams of one LUN.
 
@@ -86,6 +106,11 @@ class ReadAhead:
         extent: bytes in an extent; ranges end at extent boundaries where they can.
         worth: how many bytes may be read in vain for a request that finds its data there; see ``distance``.
         passed: told of ranges whose readers have passed them; what was read there in vain needn't be kept.
+
+    Attributes:
+        streams: by their end, least recently used first.
+        random: all other requests. Both are public for `iscsifuse.quick.take_stray`, which does what `observe` does
+            where a request is near to nothing, and the target isn't far.
     """
 
     def __init__(
@@ -100,9 +125,10 @@ class ReadAhead:
         self._largest = largest
         self._budget = budget
         self._extent = extent
-        self._streams: dict[int, Stream] = {}
-        self._candidates: dict[int, Candidate] = {}
-        self._starts: dict[int, Candidate] = {}
+        self.streams: dict[int, Stream] = {}
+        self.random = RandomReads()
+        self._candidates = self.random.candidates
+        self._starts = self.random.starts
         self._worth = worth
         self._passed = passed
         self._forget_afar()
@@ -118,17 +144,13 @@ class ReadAhead:
         Returns:
             What to read ahead now: the stream, the first byte, the byte after the last one; None for nothing.
         """
-        if note_stray is not None and note_stray(
-            self._streams, self._candidates, self._starts, offset, end, NEAR, CANDIDATES
-        ):
-            return self._noted(offset, end, size)
-        stream = self._streams.pop(offset, None)
+        stream = self.streams.pop(offset, None)
         if stream is None:
             return self._stray(offset, end, size)
         stream.end = end
         stream.read += end - offset
         stream.requests += 1
-        self._streams[end] = stream
+        self.streams[end] = stream
         if end < stream.trigger:
             return None
         return self._advance(stream, size)
@@ -145,22 +167,22 @@ class ReadAhead:
 
     def reset(self) -> None:
         """Forget everything: the medium has changed."""
-        for stream in self._streams.values():
+        for stream in self.streams.values():
             self._end(stream)
-        self._streams.clear()
+        self.streams.clear()
         self._candidates.clear()
         self._starts.clear()
         self._forget_afar()
 
     def _advance(self, stream: Stream, size: int) -> tuple[Stream, int, int] | None:
-        share = min(self._largest, self._budget // max(1, len(self._streams)))
+        share = min(self._largest, self._budget // max(1, len(self.streams)))
         end = stream.end
         passed = end - stream.passed
         if stream.read < passed:
             self._passed(stream.passed, end)
             if stream.read * SPARSE < passed and stream.requests * self._worth() < passed - stream.read:
                 self._end(stream)
-                del self._streams[end]
+                del self.streams[end]
                 return None
         stream.passed = end
         stream.read = stream.requests = 0
@@ -181,13 +203,13 @@ class ReadAhead:
 
     def _stray(self, offset: int, end: int, size: int) -> tuple[Stream, int, int] | None:
         """A request that doesn't begin at a stream's end."""
-        for key, stream in self._streams.items():
+        for key, stream in self.streams.items():
             if key - stream.behind <= offset <= key + NEAR:
-                del self._streams[key]
+                del self.streams[key]
                 stream.end = max(key, end)
                 stream.read += end - offset
                 stream.requests += 1
-                self._streams[stream.end] = stream
+                self.streams[stream.end] = stream
                 return self._advance(stream, size) if stream.end >= stream.trigger else None
         candidate = self._candidates.pop(offset, None)
         if candidate is not None:
@@ -218,16 +240,17 @@ class ReadAhead:
 
     def _noted(self, offset: int, end: int, size: int) -> tuple[Stream, int, int] | None:
         """A random request has become a candidate."""
-        if not self._strays % LOOK_EVERY:  # There may be a hundred thousand of them in a second.
-            self._is_far = self._worth() >= FAR
-        self._strays += 1
-        return self._from_afar(offset, end, size) if self._is_far else None
+        random = self.random
+        if not random.count % LOOK_EVERY:  # There may be a hundred thousand of them in a second.
+            random.is_far = self._worth() >= FAR
+        random.count += 1
+        return self._from_afar(offset, end, size) if random.is_far else None
 
     def _promote(self, start: int, end: int, size: int) -> tuple[Stream, int, int] | None:
         stream = Stream(start, end)
-        if len(self._streams) >= STREAMS:
-            self._end(self._streams.pop(next(iter(self._streams))))
-        self._streams[end] = stream
+        if len(self.streams) >= STREAMS:
+            self._end(self.streams.pop(next(iter(self.streams))))
+        self.streams[end] = stream
         return self._advance(stream, size)
 
     def _from_afar(self, offset: int, end: int, size: int) -> tuple[Stream, int, int] | None:
@@ -236,7 +259,7 @@ class ReadAhead:
         begun = self._leaps.observe(offset, end, worth)
         if begun is not None:
             plan = self._promote(begun, end, size)
-            self._streams[end].behind = 0  # Whoever asks for something there is somebody else.
+            self.streams[end].behind = 0  # Whoever asks for something there is somebody else.
             return plan
         if self._largest < PLACE or self._budget < SEEN * PLACE:
             return None
@@ -256,8 +279,8 @@ class ReadAhead:
     def _forget_afar(self) -> None:
         self._leaps = Leaps()
         self._places = Places()
-        self._strays = 0
-        self._is_far = False
+        self.random.count = 0
+        self.random.is_far = False
 
     def _remember(self, candidate: Candidate) -> None:
         for other in (self._candidates.get(candidate.end), self._starts.get(candidate.start)):

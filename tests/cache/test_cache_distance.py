@@ -175,7 +175,7 @@ def test_a_target_that_comes_nearer_is_treated_so() -> None:
     ranges = len(reader.ranges)
     reader.read(hops[200:])
     assert len(reader.ranges) == ranges
-    assert not reader.policy._streams
+    assert not reader.policy.streams
 
 
 def test_what_a_dead_stream_had_read_ahead_is_given_up() -> None:
@@ -268,7 +268,7 @@ def test_ranges_are_sane_whatever_comes(
             if plan is not None:
                 assert 0 <= plan[1] < plan[2] <= size
                 assert plan[2] <= plan[0].end + largest
-        assert all(key == stream.end for key, stream in policy._streams.items())
+        assert all(key == stream.end for key, stream in policy.streams.items())
     assert all(0 <= start <= stop <= size for start, stop in passed)
 
 

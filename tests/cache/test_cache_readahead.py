@@ -38,11 +38,11 @@ def test_large_requests_are_a_stream_from_the_second_on() -> None:
 def test_hopping_forward_is_no_stream() -> None:
     policy = make()
     feed(policy, sequential(0, MIB, 128 * KIB))
-    assert policy._streams
+    assert policy.streams
     hops = [(MIB + hop * 100 * KIB, 4 * KIB) for hop in range(100)]  # from directory to directory
     fetched = sum(stop - start for _, start, stop in feed(policy, hops))
     assert fetched <= 2 * MIB
-    assert not policy._streams
+    assert not policy.streams
 
 
 def test_a_few_holes_are_forgiven() -> None:
@@ -124,7 +124,7 @@ def test_interleaved_streams_and_random_reads_in_between() -> None:
     for position in range(len(streams[0])):
         for requests in streams:
             for _, start, stop in feed(policy, [requests[position]]):
-                issued[policy._streams[sum(requests[position])]] = stop
+                issued[policy.streams[sum(requests[position])]] = stop
                 assert stop - start <= 8 * MIB
             assert feed(policy, [(r.randrange(512 * MIB, SIZE) & ~4095, 4096)]) == []
     assert len(issued) == 10
@@ -137,7 +137,7 @@ def test_streams_share_the_budget() -> None:
         for base in range(4):
             offset = base * 200 * MIB + position * 128 * KIB
             for stream, _, stop in feed(policy, [(offset, 128 * KIB)]):
-                if len(policy._streams) == 4:
+                if len(policy.streams) == 4:
                     assert stop - stream.end <= 2 * MIB
 
 
@@ -165,9 +165,9 @@ def test_tables_are_bounded() -> None:
     for base in range(3 * STREAMS):
         dropped += [plan[0] for plan in feed(policy, sequential(base * 8 * MIB, base * 8 * MIB + MIB, 128 * KIB))]
         feed(policy, [(r.randrange(512 * MIB, SIZE), 100) for _ in range(10)])
-    assert len(policy._streams) == STREAMS
+    assert len(policy.streams) == STREAMS
     assert len(policy._candidates) == len(policy._starts) == 32
-    assert {stream for stream in dropped if not stream.dead} == set(policy._streams.values())
+    assert {stream for stream in dropped if not stream.dead} == set(policy.streams.values())
 
 
 def test_what_was_refused_is_asked_for_again() -> None:
@@ -224,7 +224,7 @@ def test_ranges_are_sane_whatever_comes(
             plan = policy.observe(offset, end, size=size)
             if plan is not None:
                 assert end <= plan[1] < plan[2] <= min(size, plan[0].end + largest)
-        assert all(key == stream.end for key, stream in policy._streams.items())
+        assert all(key == stream.end for key, stream in policy.streams.items())
         assert all(key == candidate.end for key, candidate in policy._candidates.items())
         assert all(key == candidate.start for key, candidate in policy._starts.items())
         assert len(policy._candidates) == len(policy._starts)

@@ -543,7 +543,7 @@ async def test_after_a_failure_little_is_fetched_ahead() -> None:
         device.bad = {3 * 2048 + 100}
         gate = Gate(device, lambda command: command.lba >= 3 * 2048)
         await stream_until_held(cache, gate)
-        [stream] = cache._policy._streams.values()
+        [stream] = cache._policy.streams.values()
         assert stream.window >= 1 << 20
         gate.open()
         await blocked()

@@ -506,7 +506,7 @@ def test_what_a_waiter_raises_is_raised() -> None:
 
 def test_arguments_that_it_doesn_t_know_are_refused() -> None:
     """Not guessed at: they are a mistake of ours."""
-    for function in (quick.start_read, quick.take_reads, quick.end_reads, quick.note_stray):
+    for function in (quick.start_read, quick.take_reads, quick.end_reads, quick.take_stray):
         assert function is not None
         unknown: list[tuple[Any, ...]] = [
             (),

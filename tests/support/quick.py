@@ -12,7 +12,7 @@ _USERS = [
     ("iscsifuse.iscsi.connection", "start_read"),
     ("iscsifuse.iscsi.incoming", "take_reads"),
     ("iscsifuse.initiator.session", "end_reads"),
-    ("iscsifuse.cache.readahead", "note_stray"),
+    ("iscsifuse.cache.cache", "take_stray"),
 ]
 
 needs_quick = pytest.mark.skipif(
