@@ -13,7 +13,7 @@ what it likes. Time may have passed when `own_task` returns: whoever has looked 
 **Who wakes a fibre** calls `Fibre.wake`, and then, when he is done with what he is at, `run_ready`. Where that is
 forgotten or can't be, the event loop does it before it waits for I/O (`iscsifuse.initiator.loop`), which costs more.
 
-In a task ``here.fibre`` is None, and `own_task` does nothing.
+In a task ``here().fibre`` is None, and `own_task` does nothing.
 """
 
 import threading
@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Generator
 from typing import Protocol
 
-__all__ = ["DOZE", "OWN_TASK", "SLEEP", "Fibre", "asleep", "doze", "here", "own_task", "run_ready"]
+__all__ = ["DOZE", "OWN_TASK", "SLEEP", "Fibre", "Here", "asleep", "doze", "here", "own_task", "run_ready"]
 
 SLEEP = "sleep"
 DOZE = "doze"
@@ -34,7 +34,7 @@ class Fibre(Protocol):
     """As those see it who make it wait, and who run it."""
 
     def wake(self) -> None:
-        """What it sleeps for is there: have it in ``here.ready``. A plain call, at any place; nothing runs in it."""
+        """What it sleeps for is there: have it in ``here().ready``. A plain call, anywhere; nothing runs in it."""
         ...
 
     def go_on(self) -> None:
@@ -42,20 +42,32 @@ class Fibre(Protocol):
         ...
 
 
-class _Here(threading.local):
-    """This thread.
+class Here:
+    """A thread, as its fibres see it.
 
     Attributes:
         fibre: the one that runs, and has no task of its own.
         ready: those that were woken and haven't gone on yet.
     """
 
+    __slots__ = ("fibre", "ready")
+
     def __init__(self) -> None:
         self.fibre: Fibre | None = None
         self.ready: deque[Fibre] = deque()
 
 
-here = _Here()
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.here = Here()
+
+
+_threads = _Threads()
+
+
+def here() -> Here:
+    """This thread. Who asks for it with each request, and lives in one thread, had better keep it."""
+    return _threads.here
 
 
 class _Trap:
@@ -100,7 +112,7 @@ async def own_task() -> bool:
     Returns:
         Whether that was necessary: time may have passed, then.
     """
-    if here.fibre is None:
+    if here().fibre is None:
         return False
     await _OWN_TASK
     return True
@@ -108,7 +120,8 @@ async def own_task() -> bool:
 
 def run_ready() -> None:
     """Let those fibres go on that were woken; not within one of them, whose caller does it then."""
-    ready = here.ready
-    if ready and here.fibre is None:
+    now = here()
+    ready = now.ready
+    if ready and now.fibre is None:
         while ready:
             ready.popleft().go_on()

@@ -52,9 +52,10 @@ class Strand:
         awaits: SLEEP or DOZE as long as it does that, as a fibre; else None.
     """
 
-    __slots__ = ("_coroutine", "_team", "awaits")
+    __slots__ = ("_coroutine", "_here", "_team", "awaits")
 
     def __init__(self, team: "Team", coroutine: Coroutine[Any, Any, object]) -> None:
+        self._here = here()
         self._team = team
         self._coroutine = coroutine
         self.awaits: str | None = None
@@ -62,12 +63,12 @@ class Strand:
     def wake(self) -> None:
         """See ``Fibre``."""
         if self.awaits is not None:  # else it was given a task meanwhile
-            here.ready.append(self)
+            self._here.ready.append(self)
 
     def go_on(self) -> None:
         """See ``Fibre``; also for one that is NEW or IDLE."""
         self.awaits = None
-        here.fibre = self
+        self._here.fibre = self
         try:
             trap = self._coroutine.send(None)
         except StopIteration:
@@ -77,7 +78,7 @@ class Strand:
             self._team.failed(error)
             return
         finally:
-            here.fibre = None
+            self._here.fibre = None
         if trap is _IDLE:
             self._team.rest(self)
         elif trap is SLEEP:
@@ -92,7 +93,7 @@ class Strand:
 
     def rouse(self) -> None:
         """If it dozes, it is to go on in a task, which can be cancelled."""
-        if self.awaits is DOZE and self not in here.ready:
+        if self.awaits is DOZE and self not in self._here.ready:
             self.awaits = None
             self._team.needs_a_task(self._in_a_task)
 

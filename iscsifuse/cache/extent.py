@@ -162,7 +162,7 @@ class Extent:
 
         It may return for nothing.
         """
-        fibre = here.fibre
+        fibre = here().fibre
         if fibre is None:
             if self.event is None:
                 self.event = trio.Event()

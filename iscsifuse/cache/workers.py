@@ -63,8 +63,9 @@ class Workers(Team, Generic[_Job]):
             strand = self._hire(self._loop())
         else:
             return
-        here.ready.append(strand)
-        if here.fibre is None:  # else whoever runs that fibre calls `run_ready` next
+        now = here()
+        now.ready.append(strand)
+        if now.fibre is None:  # else whoever runs that fibre calls `run_ready` next
             self._kicked.unpark()
 
     def failed(self, error: BaseException) -> None:

@@ -208,7 +208,7 @@ class WriteBack:
         No await lies between the caller's look and the registration. Ends with the next completion of a write or of
         a flush, of which at least one is on its way after ``pressure`` and ``want_flush``; or for nothing.
         """
-        fibre = here.fibre
+        fibre = here().fibre
         if fibre is not None:
             self._room_fibres.append(fibre)
             self.pressure()

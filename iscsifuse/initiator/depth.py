@@ -95,7 +95,7 @@ class QueueDepth:
     def left(self) -> None:
         """A command is not under way any more: the next one's turn."""
         self.under_way -= 1
-        if self._waiting:
+        if self.limited:  # else nobody waits
             self._let_go()
 
     def _lower(self) -> None:

@@ -103,7 +103,7 @@ class Loop(trio.abc.Instrument):
     def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002 - trio's signature
         """The event loop has nothing else to do. See ``trio.abc.Instrument``."""
         self._send_what_was_put_off()
-        if here.ready:
+        if here().ready:
             self.wake_soon(run_ready)
 
     def _send_what_was_put_off(self) -> None:

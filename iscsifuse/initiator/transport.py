@@ -30,8 +30,9 @@ __all__ = ["Transport"]
 
 _GATHER = 512
 """Buffers in one gather write; the kernel takes 1024 (IOV_MAX)."""
-_SOON = 2
-"""Buffers that are sent together rather than one by one; with more of them the target would be kept waiting."""
+_SOON = 4
+"""Buffers that are sent together: as many small reads, or half as many writes. A send costs half as much as a small
+read does in all; but with more of them the target would be kept waiting."""
 
 _FEW = 8
 """Buffers that are better let go of one by one than counted together."""

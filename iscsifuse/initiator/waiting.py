@@ -45,6 +45,7 @@ class Waiting:
         self._receive = receive
         self._fail = fail
         self._loop = Loop.current()
+        self._here = here()
         self._glance = Glance(_LONGEST_GLANCE)
         self._glances = 0
 
@@ -53,7 +54,7 @@ class Waiting:
 
         Cancellation: is not delivered before.
         """
-        fibre = here.fibre
+        fibre = self._here.fibre
         if fibre is None or task.done or (self._loop.under_way == 1 and task.expected <= _QUICK):
             return self._until_done(task)
         task.waiter = fibre.wake
@@ -69,7 +70,7 @@ class Waiting:
             if limit and self._glances % _GLANCES_IN_A_ROW and self._look_for(task, limit):
                 return
             began = time.monotonic_ns()
-        fibre = here.fibre
+        fibre = self._here.fibre
         if fibre is not None:
             task.waiter = fibre.wake
             await asleep(task)

@@ -95,7 +95,7 @@ class FakeDevice:
             await own_task()
             await self.gate(command)
         seconds = self.delay(command) if self.delay is not None else 0
-        if here.fibre is not None:
+        if here().fibre is not None:
             await sleep_as_fibre(seconds)
         else:
             await trio.sleep(seconds)

@@ -32,7 +32,7 @@ class Owner:
 
     async def work(self, job: int) -> None:
         self.begun.append(job)
-        self.asleep[job] = here.fibre
+        self.asleep[job] = here().fibre
         await sleep()
         del self.asleep[job]
         self.done.append(job)

@@ -159,13 +159,13 @@ class _Fibre:
         self.calls = 0
 
     def wake(self) -> None:
-        here.ready.append(self)
+        here().ready.append(self)
 
     def go_on(self) -> None:
-        here.fibre = self
+        here().fibre = self
         self.calls += 1
         self.do()
-        here.fibre = None
+        here().fibre = None
 
 
 async def test_fibres_that_were_woken_go_on_in_order_and_one_after_the_other() -> None:

@@ -524,11 +524,11 @@ async def test_session_broken_pipe_in_the_midst_of_a_write() -> None:
 
 
 async def test_session_a_connection_that_breaks_within_a_call() -> None:
-    """The second command is the one that sends: it finds the connection broken, and none of them may be left."""
+    """The fourth command is the one that sends: it finds the connection broken, and none of them may be left."""
     async with serving(config_of(_disk())) as target, open_session(target) as session:
         session.transport._sock.shutdown(socket.SHUT_WR)
         memory = memoryview(bytearray(512))
-        tasks = [session.start(cdbs.read(lba=1, blocks=1), lun=LUN_0, buffer_in=memory) for _ in range(2)]
+        tasks = [session.start(cdbs.read(lba=1, blocks=1), lun=LUN_0, buffer_in=memory) for _ in range(4)]
         assert all(task.done for task in tasks)
         assert not session.takes_commands
         assert Loop.current().under_way == 0

@@ -78,10 +78,10 @@ class Sleepers:
         self.awake: list[bytes] = []
 
     async def handle(self, request: bytes) -> None:
-        assert here.fibre is not None
-        self.fibres[request] = here.fibre
+        assert here().fibre is not None
+        self.fibres[request] = here().fibre
         await sleep()
-        assert here.fibre is self.fibres.pop(request)
+        assert here().fibre is self.fibres.pop(request)
         self.awake.append(request)
 
     def wake(self, request: bytes) -> None:
@@ -136,7 +136,7 @@ async def test_every_request_is_taken_once(kernel: Kernel) -> None:
             nursery.start_soon(kernel.main)
     assert kernel.taken == [b"%d" % number for number in range(300)]
     assert kernel.ended == kernel.workers
-    assert here.fibre is None
+    assert here().fibre is None
 
 
 async def test_sleepers_let_others_be_taken_and_go_on_when_they_are_woken(kernel: Kernel) -> None:
@@ -191,7 +191,7 @@ async def test_who_needs_a_task_gets_one_and_others_are_taken(kernel: Kernel) ->
         nonlocal waiting, most
         assert await own_task()
         assert not await own_task()
-        assert here.fibre is None
+        assert here().fibre is None
         waiting += 1
         most = max(most, waiting)
         if waiting == 4:
@@ -213,7 +213,7 @@ async def test_a_worker_that_had_a_task_is_a_fibre_again(kernel: Kernel) -> None
     kinds: list[bool] = []
 
     async def handle(request: bytes) -> None:
-        kinds.append(here.fibre is not None)
+        kinds.append(here().fibre is not None)
         if request == b"task":
             await own_task()
             await trio.lowlevel.checkpoint()
@@ -296,7 +296,7 @@ async def test_cancelled_it_does_not_wait_for_who_waits_for_somebody_else(kernel
 
     async def handle(request: bytes) -> None:
         for _ in range(3):  # whatever it waits for, it looks again
-            fibre = here.fibre
+            fibre = here().fibre
             if fibre is None:
                 waits.append(request)
                 await trio.sleep_forever()
@@ -318,7 +318,7 @@ async def test_cancelled_it_does_not_wait_for_who_waits_for_somebody_else(kernel
             assert sorted(seen) == [b"a", b"b", b"b"]
             for fibre in fibres.values():
                 fibre.wake()  # by who doesn't know
-            assert not here.ready
+            assert not here().ready
 
 
 @pytest.mark.parametrize("where", ["fibre", "woken fibre", "task"])

@@ -22,10 +22,10 @@ class _Fibre(Generic[_T]):
         self.error: BaseException | None = None
 
     def wake(self) -> None:
-        here.ready.append(self)
+        here().ready.append(self)
 
     def go_on(self) -> None:
-        here.fibre = self
+        here().fibre = self
         try:
             trap = self.coroutine.send(None)
         except StopIteration as end:
@@ -39,7 +39,7 @@ class _Fibre(Generic[_T]):
             if trap != OWN_TASK:
                 return
         finally:
-            here.fibre = None
+            here().fibre = None
         self.stopped.set()
 
 
@@ -77,7 +77,7 @@ async def sleep() -> None:
 
 async def sleep_as_fibre(seconds: float) -> None:
     """What a device does that a fibre called."""
-    fibre = here.fibre
+    fibre = here().fibre
     assert fibre is not None
 
     async def wake() -> None:
