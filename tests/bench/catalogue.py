@@ -28,6 +28,14 @@ def all_works(stage: Stage) -> list[Work]:
 
     return [
         SequentialRead(stage, "read-1m", "read: dd bs=1M", dd("1M", full), length=full),
+        SequentialRead(
+            stage,
+            "read-1m-fresh",
+            "read: dd bs=1M, from a tgtd just started",
+            dd("1M", full),
+            length=full,
+            fresh=True,
+        ),
         SequentialRead(stage, "read-128k", "read: dd bs=128k", dd("128k", half), length=half),
         SequentialRead(stage, "read-cat", "read: cat", ["cat", "FILE"], length=full),
         SequentialRead(
@@ -39,6 +47,14 @@ def all_works(stage: Stage) -> list[Work]:
             direct=True,
         ),
         SequentialWrite(stage, "write-1m", "write: dd bs=1M conv=fsync", block="1M", length=full),
+        SequentialWrite(
+            stage,
+            "write-1m-fresh",
+            "write: dd bs=1M conv=fsync, to a tgtd just started",
+            block="1M",
+            length=full,
+            fresh=True,
+        ),
         SequentialWrite(stage, "write-4k", "write: dd bs=4k conv=fsync", block="4k", length=sizes.small_writes),
         SequentialWrite(
             stage,

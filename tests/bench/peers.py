@@ -198,9 +198,9 @@ class Libiscsi(Contender):
             raise ContenderError(f"qemu-img bench said {ran.out.strip()!r}")
         return float(found[1]), ran
 
-    def check(self, disk: Disk) -> None:
+    def check(self, disk: Disk, portal: str | None = None) -> None:
         """Read all of a disk, and compare it with its backing file."""
-        command = ["qemu-img", "compare", "-f", "raw", "-F", "raw", self._url(disk, None), str(disk.backing)]
+        command = ["qemu-img", "compare", "-f", "raw", "-F", "raw", self._url(disk, portal), str(disk.backing)]
         shell.run(command, timeout=self.stage.sizes.patience)
 
     def _url(self, disk: Disk, portal: str | None) -> str:

@@ -1,12 +1,13 @@
 """Reading and writing from the beginning to the end, as dd and cat do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench import shell
 from bench.contender import SPARE, Contender, FileContender, Opened
 from bench.contents import fill, require_pattern, require_same
-from bench.host import cpu_seconds, peak_memory
+from bench.host import cpu_seconds, peak_memory, take_back_memory
 from bench.peers import Libiscsi
 from bench.shell import ContenderError, WrongBytesError
 from bench.stage import Disk, Stage
@@ -26,9 +27,17 @@ class SequentialRead(Work):
     """
 
     def __init__(
-        self, stage: Stage, name: str, title: str, command: Sequence[str], *, length: int, direct: bool = False
+        self,
+        stage: Stage,
+        name: str,
+        title: str,
+        command: Sequence[str],
+        *,
+        length: int,
+        direct: bool = False,
+        fresh: bool = False,
     ) -> None:
-        """Prepare; ``command`` has ``FILE`` for the file, and reads ``length`` bytes of it."""
+        """Prepare; ``command`` has ``FILE`` for the file, and reads ``length`` bytes of it. ``fresh``: see `Stage`."""
         super().__init__(stage)
         self.name = name
         self.title = title
@@ -36,20 +45,25 @@ class SequentialRead(Work):
         self._command = command
         self._length = length
         self._direct = direct
+        self._fresh = fresh
 
     def takes(self, contender: Contender) -> bool:
-        is_bare = isinstance(contender, Libiscsi) and self.name == "read-1m"
+        is_bare = isinstance(contender, Libiscsi) and self.name in ("read-1m", "read-1m-fresh")
         return super().takes(contender) or is_bare
 
     def prepare(self) -> None:
         assert self.stage.data.size >= self._length
 
     def measure(self, contender: Contender) -> Mapping[str, float]:
-        if isinstance(contender, Libiscsi):
-            return self._measure_bare(contender)
-        assert isinstance(contender, FileContender)
+        with maybe_fresh(self.stage, self.stage.data, fresh=self._fresh) as portal:
+            if isinstance(contender, Libiscsi):
+                return self._measure_bare(contender, portal)
+            assert isinstance(contender, FileContender)
+            return self._measure_file(contender, portal)
+
+    def _measure_file(self, contender: FileContender, portal: str | None) -> Mapping[str, float]:
         disk = self.stage.data
-        with contender.open([disk]) as opened:
+        with contender.open([disk], portal=portal) as opened:
             opened.forget(room=self._length + SPARE)
             cpu = cpu_seconds(opened.pids)
             words = [word.replace("FILE", str(opened.path)) for word in self._command]
@@ -77,10 +91,11 @@ class SequentialRead(Work):
         finally:
             copy.unlink(missing_ok=True)
 
-    def _measure_bare(self, contender: Libiscsi) -> Mapping[str, float]:
-        seconds, ran = contender.bench(self.stage.data, depth=8, size=MIB, count=self._length // MIB)
+    def _measure_bare(self, contender: Libiscsi, portal: str | None) -> Mapping[str, float]:
+        disk = self.stage.data
+        seconds, ran = contender.bench(disk, depth=8, size=MIB, count=self._length // MIB, portal=portal)
         if self.wants_check:
-            contender.check(self.stage.data)
+            contender.check(disk, portal)
             self.was_checked = True
         return {"rate": self._length / seconds / MB, "cpu": ran.cpu / self._length * GIB}
 
@@ -92,7 +107,15 @@ class SequentialWrite(Work):
     """
 
     def __init__(
-        self, stage: Stage, name: str, title: str, *, block: str, length: int, flags: Sequence[str] = ()
+        self,
+        stage: Stage,
+        name: str,
+        title: str,
+        *,
+        block: str,
+        length: int,
+        flags: Sequence[str] = (),
+        fresh: bool = False,
     ) -> None:
         super().__init__(stage)
         self.name = name
@@ -101,24 +124,35 @@ class SequentialWrite(Work):
         self._block = block
         self._length = length
         self._flags = flags
+        self._fresh = fresh
 
     def takes(self, contender: Contender) -> bool:
-        is_bare = isinstance(contender, Libiscsi) and self.name == "write-1m"
+        is_bare = isinstance(contender, Libiscsi) and self.name in ("write-1m", "write-1m-fresh")
         return super().takes(contender) or is_bare
 
     def prepare(self) -> None:
         assert min(self.stage.data.size, self.stage.scratch.size) >= self._length
 
     def measure(self, contender: Contender) -> Mapping[str, float]:
+        fill(self.stage.scratch.backing)
+        with maybe_fresh(self.stage, self.stage.scratch, fresh=self._fresh) as portal:
+            if isinstance(contender, Libiscsi):
+                return self._measure_bare(contender, portal)
+            assert isinstance(contender, FileContender)
+            return self._measure_file(contender, portal)
+
+    def _measure_bare(self, contender: Libiscsi, portal: str | None) -> Mapping[str, float]:
         disk = self.stage.scratch
-        fill(disk.backing)
-        if isinstance(contender, Libiscsi):
-            seconds, ran = contender.bench(disk, depth=8, size=MIB, count=self._length // MIB, pattern=0x5A)
-            require_pattern(disk.backing, self._length, 0x5A, "writes")
-            self.was_checked = True
-            return {"rate": self._length / seconds / MB, "cpu": ran.cpu / self._length * GIB}
-        assert isinstance(contender, FileContender)
-        with contender.open([disk]) as opened:
+        take_back_memory(self._length + SPARE)
+        count = self._length // MIB
+        seconds, ran = contender.bench(disk, depth=8, size=MIB, count=count, pattern=0x5A, portal=portal)
+        require_pattern(disk.backing, self._length, 0x5A, "writes")
+        self.was_checked = True
+        return {"rate": self._length / seconds / MB, "cpu": ran.cpu / self._length * GIB}
+
+    def _measure_file(self, contender: FileContender, portal: str | None) -> Mapping[str, float]:
+        disk = self.stage.scratch
+        with contender.open([disk], portal=portal) as opened:
             opened.forget(room=self._length + SPARE)
             cpu = cpu_seconds(opened.pids)
             words = ["dd", f"if={self.stage.data.backing}", f"of={opened.path}", f"bs={self._block}"]
@@ -186,6 +220,16 @@ class Readers(Work):
                     raise WrongBytesError(str(error)) from error
                 self.was_checked = True
         return {"rate": 4 * quarter / seconds / MB}
+
+
+@contextmanager
+def maybe_fresh(stage: Stage, disk: Disk, *, fresh: bool) -> Iterator[str | None]:
+    """Where to log in for a disk: at a tgtd that has just been started, or (None) at the one that all share."""
+    if not fresh:
+        yield None
+        return
+    with stage.fresh(disk) as portal:
+        yield portal
 
 
 def count_bytes(length: int, *, skip: int = 0) -> list[str]:

@@ -177,6 +177,22 @@ class Stage:
         return path
 
     @contextlib.contextmanager
+    def fresh(self, disk: Disk) -> Iterator[str]:
+        """The portal of another tgtd, which has just been started and has one of the disks, under its name.
+
+        Whoever comes second to a tgtd may profit by what the first one made it do with its memory.
+        """
+        folder = self.new_path("fresh")
+        folder.mkdir()
+        try:
+            with TgtServer(folder) as server:
+                server.add_target(disk.target)
+                server.add_lun(disk.target, disk.lun, disk.backing)
+                yield server.portal
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
     def many(self, luns: int) -> Iterator[TgtServer]:
         """Another tgtd with this many sparse disks, 16 to a target; see `many_target` for their names.
 

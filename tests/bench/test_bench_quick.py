@@ -79,6 +79,7 @@ def bench(memory: Path, folder: Path, *arguments: str) -> dict[str, Any]:
 ALIKE = {
     *("read-128k", "read-cat", "write-direct", "random-read-1", "random-read-4", "random-read-16", "random-write-1"),
     *("random-write-16", "random-write-32", "readers-1-lun", "far-25ms-read", "far-25ms-write", "mount-16"),
+    "read-1m-fresh",
 }
 
 
