@@ -37,7 +37,7 @@ class SequentialRead(Work):
         direct: bool = False,
         fresh: bool = False,
     ) -> None:
-        """Prepare; ``command`` has ``FILE`` for the file, and reads ``length`` bytes of it. ``fresh``: see `Stage`."""
+        """Prepare; ``command`` has ``FILE`` for the file, and reads ``length`` bytes of it. ``fresh``: a tgtd."""
         super().__init__(stage)
         self.name = name
         self.title = title
