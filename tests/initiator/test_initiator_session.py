@@ -32,10 +32,16 @@ from iscsifuse.errors import (
 )
 from iscsifuse.initiator import clearing, farewell, liveness
 from iscsifuse.initiator import session as session_module
+from iscsifuse.initiator.login import LoggedIn
 from iscsifuse.initiator.loop import Loop
 from iscsifuse.initiator.session import Session
+from iscsifuse.initiator.settings import Portal
 from iscsifuse.initiator.statistics import CommandStatistics
-from iscsifuse.iscsi.pdu import Opcode
+from iscsifuse.initiator.transport import Transport
+from iscsifuse.iscsi.login import LoginResult
+from iscsifuse.iscsi.parameters import NegotiatedParameters
+from iscsifuse.iscsi.pdu import Opcode, decode
+from iscsifuse.iscsi.request import ScsiCommand
 from iscsifuse.iscsi.response import (
     AsyncEvent,
     DataIn,
@@ -49,6 +55,7 @@ from iscsifuse.iscsi.tasks import Task
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi.sense import SenseKey
 from iscsifuse.scsi.status import Status
+from iscsifuse.strands import Strand, Team
 from iscsifuse.testing.actions import (
     Answer,
     Call,
@@ -608,6 +615,64 @@ async def test_session_whoever_serves_others_may_receive_in_between(monkeypatch:
             loop.look_around(-1)
         session._receive_in_between()
         assert not loop.look_around(-1)
+
+
+async def test_session_a_fibre_may_look_for_an_answer_within_the_receive_that_woke_it() -> None:
+    """As a worker of the write-back does, whose next command is the only one again."""
+    ours, theirs = socket.socketpair()
+    disk = pattern(40 * 512)
+    stat_sn = 7
+    looks = 0
+    with theirs:
+        transport = Transport(ours, Portal("127.0.0.1", 3260))
+        result = LoginResult(
+            parameters=NegotiatedParameters(), tsih=1, next_cmd_sn=1, exp_stat_sn=7, exp_cmd_sn=1, max_cmd_sn=9
+        )
+        login = LoggedIn(transport, result, b"")
+        session = Session(login, settings_of(), CommandStatistics())
+
+        def answer() -> None:
+            nonlocal stat_sn
+            command = decode(theirs.recv(48))
+            assert isinstance(command, ScsiCommand)
+            lba = int.from_bytes(command.cdb[2:6], "big")
+            reply = DataIn(
+                itt=command.itt, has_status=True, stat_sn=stat_sn, exp_cmd_sn=command.cmd_sn + 1,
+                max_cmd_sn=command.cmd_sn + 9, data=disk[lba * 512 : lba * 512 + 512],
+            )  # fmt: skip
+            stat_sn += 1
+            theirs.send(reply.encode())
+
+        def glance(_limit: int) -> bool:
+            nonlocal looks
+            looks += 1
+            answer()
+            return True
+
+        found: list[bytes] = []
+
+        async def read_on() -> None:
+            for lba in range(40):
+                memory = memoryview(bytearray(512))
+                task = session.start(cdbs.read(lba=lba, blocks=1), lun=LUN_0, buffer_in=memory, exact=True)
+                await session.until_done(task)
+                assert session.settle(task) is task
+                found.append(bytes(memory))
+
+        transport.glance = glance  # type: ignore[method-assign]
+        strand = Strand(Team(), read_on())
+        strand.go_on()
+        session.until_done.__self__._glance.limit = 1000  # type: ignore[attr-defined]
+        receives = 0
+        while strand.awaits is not None:
+            await trio.lowlevel.checkpoint()  # the loop sends what it was left
+            answer()
+            session._receive()
+            receives += 1
+        assert found == [disk[lba * 512 : lba * 512 + 512] for lba in range(40)]
+        assert receives == 2  # the first one, and one in 32, lets others have their turn
+        assert looks == 38
+        session.fail(SessionLostError("enough"))
 
 
 async def test_session_the_run_task_is_cancelled() -> None:
