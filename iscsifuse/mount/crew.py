@@ -5,13 +5,13 @@ tasks of trio's each request would cost two wake-ups and the handing over of a l
 what it takes from trio (it takes ``trio`` from its module's name space, which is how it works on asyncio, too), and
 its workers become strands (`iscsifuse.strands`) of one `Crew`. They are idle while they wait for a request.
 
-*One* task serves: it waits for the descriptor, hands each request to the latest idler (what that one touches is still
-in the processor's cache), and runs whoever was woken meanwhile. It asks poll(2) first: in a busy mount the next
-request is there already, or the answer to another one (`Loop.look_around`). Every few of them it makes a checkpoint
-nevertheless, so that a stream of hits can't starve the others. Where requests for data come one by one, and nothing
-else is going on, it looks for the next one for a moment before it goes to sleep (`Loop.glance`). Not after a program
-has opened or closed a file: what it does next takes long, and a processor that looks may slow down the one that
-works. (Sleuth Kit starts anew for each file, and opens the disk five times.)
+*One* task serves: it waits for the descriptor, hands each request to the latest idler (what that one touches is
+still in the processor's cache), and runs whoever was woken meanwhile. It asks poll(2) first: in a busy mount the
+next request is there already, or, with commands under way, an answer (`Loop.look_around`). Every few of them it
+makes a checkpoint nevertheless, so that a stream of hits can't starve the others. Where requests for data come one
+by one, and nothing else is going on, it looks for the next one for a moment before it goes to sleep
+(`Loop.glance`). Not after a program has opened or closed a file: what it does next takes long, and a processor that
+looks may slow down the one that works. (Sleuth Kit starts anew for each file, and opens the disk five times.)
 
 Invariant: a request is read by who was handed it, with no checkpoint since poll(2) has seen it.
 """
@@ -136,7 +136,7 @@ class Crew(Team):
                     await self._wait_for_news()
                 continue
             if not poll(0):
-                if row < _IN_A_ROW and self.loop.look_around(self._fd):
+                if row < _IN_A_ROW and self.loop.under_way and self.loop.look_around(self._fd):
                     row += 1
                     continue
                 row = 0

@@ -617,7 +617,9 @@ async def test_session_whoever_serves_others_may_receive_in_between(monkeypatch:
         assert not loop.look_around(-1)
 
 
-async def test_session_a_fibre_may_look_for_an_answer_within_the_receive_that_woke_it() -> None:
+async def test_session_a_fibre_may_look_for_an_answer_within_the_receive_that_woke_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As a worker of the write-back does, whose next command is the only one again."""
     ours, theirs = socket.socketpair()
     disk = pattern(40 * 512)
@@ -659,7 +661,7 @@ async def test_session_a_fibre_may_look_for_an_answer_within_the_receive_that_wo
                 assert session.settle(task) is task
                 found.append(bytes(memory))
 
-        transport.glance = glance  # type: ignore[method-assign]
+        monkeypatch.setattr(transport, "glance", glance)
         strand = Strand(Team(), read_on())
         strand.go_on()
         session.until_done.__self__._glance.limit = 1000  # type: ignore[attr-defined]

@@ -427,6 +427,7 @@ async def test_answers_are_taken_in_by_who_serves(kernel: Kernel) -> None:
     with far, near, trio.fail_after(5):
         async with trio.open_nursery() as nursery:
             Loop.current().watch(near.fileno(), receive)
+            Loop.current().under_way = 1
             kernel.ask(b"a", b"b")
             far.send(b"a")
             far.send(b"b")
@@ -434,6 +435,7 @@ async def test_answers_are_taken_in_by_who_serves(kernel: Kernel) -> None:
             await trio.testing.wait_all_tasks_blocked()
             assert sleepers.awake == [b"a", b"b"]
             Loop.current().unwatch(near.fileno())
+            Loop.current().under_way = 0
             kernel.ask(STOP)
 
 
@@ -448,6 +450,7 @@ async def test_answers_without_end_do_not_starve_others(kernel: Kernel) -> None:
     with far, near, trio.fail_after(5):
         async with trio.open_nursery() as nursery:
             Loop.current().watch(near.fileno(), receive)
+            Loop.current().under_way = 1
             far.send(b"x")
             nursery.start_soon(kernel.main)
             await trio.testing.wait_all_tasks_blocked()
@@ -456,7 +459,14 @@ async def test_answers_without_end_do_not_starve_others(kernel: Kernel) -> None:
             await trio.testing.wait_all_tasks_blocked()
             assert kernel.taken == [b"a"]
             assert before < looked <= before + 32
+            Loop.current().under_way = 0  # there is nothing to come
+            before = looked
+            kernel.ask(b"b")
+            await trio.testing.wait_all_tasks_blocked()
+            assert kernel.taken == [b"a", b"b"]
+            assert looked == before
             Loop.current().unwatch(near.fileno())
+            Loop.current().under_way = 0
             kernel.ask(STOP)
 
 
