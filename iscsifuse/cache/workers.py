@@ -49,9 +49,12 @@ class Workers(Team, Generic[_Job]):
         """Work in this nursery from now on, until it is cancelled.
 
         Cancellation: no job is begun any more; those that wait for their command's end have that first.
+
+        What a job raises (a mistake of ours), the nursery's task raises. After that, it may be started again.
         """
         self.nursery = nursery
         self._strands.clear()
+        self._error = None
         self._over = False
         nursery.start_soon(self._serve)
 
@@ -83,6 +86,7 @@ class Workers(Team, Generic[_Job]):
                 await self._kicked.park()
         finally:
             self._over = True
+            run_ready()  # who was kicked, and hasn't begun, ends instead
             await self._let_sleepers_end()
             self._dismiss_idlers()
 

@@ -163,6 +163,41 @@ async def test_a_mistake_in_a_job_ends_the_nursery(*, own: bool) -> None:
     assert jobs == [1]
 
 
+async def test_who_was_kicked_and_has_not_begun_ends_with_the_others() -> None:
+    owner = Owner()
+    async with trio.open_nursery() as nursery:
+        owner.workers.start(nursery)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        owner.give(1)
+    assert not owner.begun
+    assert list(owner.jobs) == [1]
+    assert not here().ready  # no coroutine is left that nobody awaits
+
+
+async def test_after_a_mistake_they_can_be_started_again() -> None:
+    done: list[int] = []
+
+    async def work(job: int) -> None:
+        if job == 1:
+            raise RuntimeError("a mistake")
+        done.append(job)
+
+    jobs = [1]
+    workers: Workers[int] = Workers(1, take=lambda: jobs.pop() if jobs else None, work=work)
+    with pytest.RaisesGroup(RuntimeError):
+        async with trio.open_nursery() as nursery:
+            workers.start(nursery)
+            workers.kick()
+    jobs.append(2)
+    async with trio.open_nursery() as nursery:
+        workers.start(nursery)
+        workers.kick()
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert done == [2]
+
+
 async def test_they_can_be_started_again() -> None:
     owner = Owner(limit=1)
     for job in (1, 2):
