@@ -491,7 +491,7 @@ static PyObject *end_reads(PyObject *Py_UNUSED(module), PyObject *const *args, P
 
 /* -- take_stray --------------------------------------------------------------------------------------------------- */
 
-/* What a small read has to be compared with, and the limits: `BlockCache._what_strays_leave`, in this order. */
+/* What a small read has to be compared with, and the limits: `BlockCache._tables_for_strays`, in this order. */
 typedef struct {
     PyObject *others, *streams, *extents, *visited;
     long long slots, look_every, most, near, longest, extent_length, block_length;

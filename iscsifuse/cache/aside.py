@@ -74,8 +74,16 @@ class AsideReader:
         """`read`, for whole blocks within an extent that isn't cached, where that is known already.
 
         Args:
-            memory: where to.
-            offset: first byte, at the beginning of a block.
+            memory: where to: writable, contiguous, a multiple of ``block_length`` bytes.
+            offset: of the first byte on the disk; the beginning of a block.
+
+        Returns:
+            ``memory``, filled.
+
+        Raises:
+            IscsifuseError: the device's own; the content of ``memory`` is undefined.
+
+        Cancellation: as `BlockDevice.read_into`.
         """
         self.reads += 1
         self.commands += 1

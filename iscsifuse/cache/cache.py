@@ -101,7 +101,7 @@ class BlockCache(BlockFile):
         self._flush_alarm = trio.Event()
         self._hits = self._misses = self._writes = 0
         self._aside = AsideReader(device, filler=self._filler, keep_strays=settings.keep_strays)
-        self._strays = None if settings.keep_strays else self._what_strays_leave()
+        self._strays = None if settings.keep_strays else self._tables_for_strays()
         self._spans = SpanReader(filler=self._filler, aside=self._aside)
         self._read_span = self._spans.read
 
@@ -228,8 +228,8 @@ class BlockCache(BlockFile):
                 return self._aside.read_stray(memory, offset)
         return self._read(offset, length)
 
-    def _what_strays_leave(self) -> tuple[object, ...]:
-        """As `take_stray` wants it."""
+    def _tables_for_strays(self) -> tuple[object, ...]:
+        """What `take_stray` compares a read with, and the limits, in the order in which it wants them."""
         policy, aside = self._policy, self._aside
         numbers = (LOOK_EVERY, CANDIDATES, NEAR, LONGEST_STRAY, self._extent_length, self._block_length)
         return (policy.random, policy.streams, self._extents, aside.visited, self._pool.slots, *numbers)

@@ -37,7 +37,17 @@ class SequentialRead(Work):
         direct: bool = False,
         fresh: bool = False,
     ) -> None:
-        """Prepare; ``command`` has ``FILE`` for the file, and reads ``length`` bytes of it. ``fresh``: a tgtd."""
+        """Prepare.
+
+        Args:
+            stage: where.
+            name: see `Work`.
+            title: see `Work`.
+            command: has ``FILE`` for the file.
+            length: bytes of it that the command reads.
+            direct: whether it does so with O_DIRECT.
+            fresh: whether each measurement has a tgtd of its own; see `Stage.fresh`.
+        """
         super().__init__(stage)
         self.name = name
         self.title = title
