@@ -68,7 +68,7 @@ class BlockCache(BlockFile):
         self._extent_length = geometry.length
         self._filler = Filler(device, pool=pool, geometry=geometry, depth=settings.depth)
         self._extents = self._filler.extents
-        self.writes_behind = settings.write_behind
+        self._behind = settings.write_behind
         self._running = False
         self._write_back = WriteBack(
             device,
@@ -317,7 +317,7 @@ class BlockCache(BlockFile):
         index, start = divmod(offset, self._extent_length)
         end = start + length
         if end <= self._extent_length:
-            if not (self.writes_behind and self._running and self._store(index, start, end, data)):
+            if not (self._behind and self._running and self._store(index, start, end, data)):
                 await self._write_piece(offset, data)
             return length
         pieces = memoryview(data)
@@ -326,7 +326,7 @@ class BlockCache(BlockFile):
             index, start = divmod(offset + position, self._extent_length)
             end = min(self._extent_length, start + length - position)
             piece = pieces[position : position + end - start]
-            if self.writes_behind and self._running:
+            if self._behind and self._running:
                 if not self._store(index, start, end, piece):
                     await self._write_piece(offset + position, piece)
                 position += end - start
@@ -373,7 +373,7 @@ class BlockCache(BlockFile):
         blocks = self._geometry.blocks_of(start, end)
         partial = self._geometry.partial_blocks(start, end)
         write_back = self._write_back
-        while self.writes_behind and self._running:
+        while self._behind and self._running:
             if self._store(index, start, end, data):
                 return
             extent = self._extents.get(index)

@@ -16,7 +16,7 @@ check is quicker without what lies between the directories.
 
 from collections import deque
 
-__all__ = ["FAR", "NEAR", "Leaps", "Places", "worth"]
+__all__ = ["FAR", "Leaps", "Places", "worth"]
 
 NEAR = 0.001
 """Seconds that a command takes where the target is near."""

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import trio
 
 from iscsifuse.cache.device import BlockDevice
-from iscsifuse.cache.distance import NEAR
 from iscsifuse.cache.errseq import ErrorSequence, Handle, write_back_error
 from iscsifuse.cache.settings import CacheStats
 from iscsifuse.errors import WriteBackError
@@ -27,13 +26,9 @@ class BlockFile(abc.ABC):
 
     Errors that nobody waited for (of write-back, of a flush) are told to each handle that is open at the time, once,
     by its next ``drain`` or ``sync``.
-
-    Attributes:
-        writes_behind: whether a write is acknowledged from memory.
     """
 
     def __init__(self, device: BlockDevice) -> None:
-        self.writes_behind = False
         self._device = device
         self._block_length = device.block_length
         self._errors = ErrorSequence()
@@ -46,16 +41,6 @@ class BlockFile(abc.ABC):
     def size(self) -> int:
         """Bytes in the device, now."""
         return self._device.block_count * self._block_length
-
-    @property
-    def block_length(self) -> int:
-        """Bytes of a block of the device."""
-        return self._block_length
-
-    @property
-    def is_near(self) -> bool:
-        """Whether the disk may answer within a millisecond, for all that is known."""
-        return self._device.latency < NEAR
 
     def open(self) -> Handle:
         """A new handle, for ``drain`` and ``sync``; it needn't be closed."""

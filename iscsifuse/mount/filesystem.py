@@ -38,7 +38,6 @@ from iscsifuse.mount.assembly import Assembly
 from iscsifuse.mount.attach import attach, unmount
 from iscsifuse.mount.channel import Channel
 from iscsifuse.mount.crew import workers_are_fibres
-from iscsifuse.mount.handles import DiskUse
 from iscsifuse.mount.invalidation import Invalidations
 from iscsifuse.mount.kernel import abort_connection, keep_awake, prepare_process, tune_mount
 from iscsifuse.mount.mountinfo import MountEntry, find_mount, is_dead
@@ -324,24 +323,24 @@ class _Mount:
     async def _write_back(self, patience: float) -> list[str]:
         """Bring everything to stable storage; sentences about what couldn't be."""
         errors: list[str] = []
-        waiting = self._operations.unsynced()
+        waiting = set(self._operations.unsynced())
 
-        async def one(disk: Disk, use: DiskUse) -> None:
+        async def one(disk: Disk) -> None:
             try:
-                await use.sync(self._keepers[disk])
+                await disk.file.sync(self._keepers[disk])
             except IscsifuseError as error:
                 errors.append(f"LUN {disk.lun} of {disk.target}: {error}")
             except Exception as error:
                 log.exception("writing back LUN %d of %s failed unexpectedly", disk.lun, disk.target)
                 errors.append(f"LUN {disk.lun} of {disk.target}: {error!r}")
-            del waiting[disk]
+            waiting.discard(disk)
 
         with trio.move_on_after(patience):
             async with trio.open_nursery() as nursery:
                 async with trio.open_nursery() as disks:
                     nursery.start_soon(_cancel_after, self._stop.hurry, nursery.cancel_scope)
-                    for disk, use in list(waiting.items()):
-                        disks.start_soon(one, disk, use)
+                    for disk in list(waiting):
+                        disks.start_soon(one, disk)
                 nursery.cancel_scope.cancel()
         errors.extend(
             f"LUN {disk.lun} of {disk.target}: not everything could be written back in time; "

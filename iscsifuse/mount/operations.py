@@ -48,9 +48,8 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from iscsifuse.cache import Buffer
+from iscsifuse.cache import BlockFile, Buffer, Handle
 from iscsifuse.fibres import own_task
-from iscsifuse.mount.handles import DiskUse, OpenDisk, OpenFile, OpenStatus, Refusing
 from iscsifuse.mount.translate import fuse_error, never_enosys, translated
 from iscsifuse.mount.tree import Disk, Node, NodeKind, Tree
 
@@ -68,6 +67,69 @@ _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 _NAME_MAX = 255
 _NO_HANDLE = FileHandleT(0)
 """Of files that were never opened."""
+
+
+class _Writes:
+    """How many writes a disk has had, and how many of them a successful fsync has covered."""
+
+    __slots__ = ("count", "synced")
+
+    def __init__(self) -> None:
+        self.count = self.synced = 0
+
+
+class _OpenDisk:
+    """A disk that a program has opened.
+
+    Attributes:
+        peek, read: the file's own, with nothing in between.
+        size: bytes that it had when it was opened; the most that it ever had, where all share it.
+    """
+
+    __slots__ = ("direct", "file", "handle", "peek", "read", "size", "writable", "writes")
+
+    def __init__(self, file: BlockFile, writes: _Writes, *, writable: bool, direct: bool) -> None:
+        self.file = file
+        self.peek = file.peek
+        self.read = file.read
+        self.writes = writes
+        self.handle: Handle = file.open()
+        self.writable = writable
+        self.direct = direct
+        self.size = file.size
+
+    def may_end(self, at: int, *, wanted: int) -> bool:
+        """Whether a read of the bytes before ``wanted`` may have ended before ``at``.
+
+        Only at the end of the disk; and not at the end of one that has shrunk since it was opened, but for the rest
+        of a page, which the kernel asks for with its first bytes.
+        """
+        return at >= self.file.size and (at >= self.size or wanted <= -(-at // _BLOCK_SIZE) * _BLOCK_SIZE)
+
+
+class _OpenStatus:
+    """The status file as it was when a program opened it."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def peek(self, offset: int, size: int) -> Buffer | None:
+        return self._data[offset : offset + size]
+
+    async def read(self, offset: int, size: int) -> Buffer:
+        return self._data[offset : offset + size]
+
+    def may_end(self, at: int, *, wanted: int) -> bool:
+        return at >= len(self._data)
+
+
+class _Refusing(dict[int, "_OpenDisk | _OpenStatus"]):
+    """What is open, where nothing is to be read any more."""
+
+    def __missing__(self, fh: int) -> NoReturn:
+        raise FUSEError(errno.EIO)
 
 
 class DiskOperations(pyfuse3.Operations):
@@ -98,18 +160,18 @@ class DiskOperations(pyfuse3.Operations):
         self._read_only = read_only
         self._direct_io = direct_io
         self._next = 1
-        self._disks: dict[int, OpenDisk] = {}
-        self._uses: dict[Disk, DiskUse] = {}
-        self._readable: dict[int, OpenFile] = {}
+        self._disks: dict[int, _OpenDisk] = {}
+        self._writes: dict[Disk, _Writes] = {}
+        self._readable: dict[int, _OpenDisk | _OpenStatus] = {}
         self._listings: dict[int, list[Node]] = {}
-        self._shared: OpenDisk | None = None
+        self._shared: _OpenDisk | None = None
         if tree.root.disk is not None and read_only and not direct_io:
-            self._shared = self._use(tree.root.disk).open(os.O_RDONLY)
+            self._shared = _OpenDisk(tree.root.disk.file, _Writes(), writable=False, direct=False)
             self._readable[_NO_HANDLE] = self._shared
 
-    def unsynced(self) -> dict[Disk, DiskUse]:
+    def unsynced(self) -> list[Disk]:
         """The disks that were written to since their last successful fsync."""
-        return {disk: use for disk, use in self._uses.items() if use.written != use.synced}
+        return [disk for disk, writes in self._writes.items() if writes.count != writes.synced]
 
     def init(self) -> None:
         """Called by pyfuse3 when the kernel has connected."""
@@ -211,15 +273,18 @@ class DiskOperations(pyfuse3.Operations):
             if writable:
                 raise FUSEError(errno.EACCES)
             number = self._number()
-            self._readable[number] = OpenStatus(self._status())
+            self._readable[number] = _OpenStatus(self._status())
             return FileInfo(fh=FileHandleT(number), direct_io=True, keep_cache=False)
         if writable and (self._read_only or not disk.writable):
             raise FUSEError(errno.EROFS)
         if self._shared is not None:
             raise FUSEError(errno.ENOSYS)  # once for the whole mount; see the module
         number = self._number()
-        opened = self._readable[number] = self._disks[number] = self._use(disk).open(flags)
-        return FileInfo(fh=FileHandleT(number), direct_io=opened.past, keep_cache=opened.keep_cache)
+        direct = bool(flags & os.O_DIRECT) and not self._direct_io
+        self._readable[number] = self._disks[number] = _OpenDisk(
+            disk.file, self._writes.setdefault(disk, _Writes()), writable=writable, direct=direct
+        )
+        return FileInfo(fh=FileHandleT(number), direct_io=self._direct_io, keep_cache=not self._direct_io)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Buffer:  # type: ignore[override]
         """Read. Any buffer will do for pyfuse3, whatever its type says."""
@@ -242,17 +307,18 @@ class DiskOperations(pyfuse3.Operations):
     def refuse_reads(self) -> None:
         """From now on every open and every read is an error."""
         self.closing = True
-        self._readable = Refusing()
+        self._readable = _Refusing()
 
     @translated
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Write; cut at the end of the disk, and ENOSPC beyond it."""
         self.moved += 1
         opened = self._disks[fh]
-        if off >= opened.file.size and buf:
+        file = opened.file
+        if off >= file.size and buf:
             raise FUSEError(errno.ENOSPC)
-        opened.use.written += 1
-        written = await opened.write(off, buf)
+        opened.writes.count += 1
+        written = await file.write(off, buf)
         if written < len(buf) and opened.direct:
             # The kernel makes an EIO of a short write with O_DIRECT; this says what it is.
             raise FUSEError(errno.ENOSPC)
@@ -269,7 +335,7 @@ class DiskOperations(pyfuse3.Operations):
         opened = self._disks.get(fh)
         if opened is not None and opened.writable:
             await own_task()
-            await opened.use.drain(opened.handle)
+            await opened.file.drain(opened.handle)
 
     @never_enosys
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -277,15 +343,15 @@ class DiskOperations(pyfuse3.Operations):
         opened = self._disks.get(fh)
         if opened is not None and not self._read_only:
             await own_task()
-            await opened.use.sync(opened.handle)
+            covered = opened.writes.count
+            await opened.file.sync(opened.handle)
+            opened.writes.synced = max(opened.writes.synced, covered)
 
     @translated
     async def release(self, fh: FileHandleT) -> None:
         """The last file descriptor of an open file is closed. Awaits nothing, so it can't leave anything behind."""
         self._readable.pop(fh, None)
-        opened = self._disks.pop(fh, None)
-        if opened is not None:
-            opened.use.close(opened)
+        self._disks.pop(fh, None)
 
     # -- what can't be done -----------------------------------------------------------------------------------------
 
@@ -347,12 +413,6 @@ class DiskOperations(pyfuse3.Operations):
         number = self._next
         self._next += 1
         return number
-
-    def _use(self, disk: Disk) -> DiskUse:
-        use = self._uses.get(disk)
-        if use is None:
-            use = self._uses[disk] = DiskUse(disk.file, page_cache=not self._direct_io)
-        return use
 
     def _node(self, inode: int) -> Node:
         node = self._tree.node(inode)

@@ -29,7 +29,7 @@ def check_invariants(cache: BlockCache, pool: BufferPool) -> None:
         assert extent.queue is None or extent in extent.queue
         unclean += busy
     assert unclean == len(write_back.unclean)
-    assert unclean <= max(write_back.limit, 1) or not cache.writes_behind or write_back.losses
+    assert unclean <= max(write_back.limit, 1) or not cache._behind or write_back.losses
     check_pool(pool)
 
 

@@ -74,7 +74,7 @@ def make(tmp_path: Path) -> Callable[..., Writer]:
 
 def put(writer: Writer, sector: int, data: bytes) -> None:
     """Behind the writer's back."""
-    os.pwrite(writer._out, data, sector * SECTOR)
+    os.pwrite(writer._fd, data, sector * SECTOR)
 
 
 def test_the_writer_is_content_with_an_honest_file(make: Callable[..., Writer], tmp_path: Path) -> None:

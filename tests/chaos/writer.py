@@ -30,8 +30,6 @@ _HEADER = struct.Struct("<8sQQ")
 _MAGIC = b"chaos-01"
 _POOL = random.Random(20261121).randbytes(1 << 16)
 _LONGEST = 256 * 1024
-_LONGER = 2 << 20
-"""Past the page cache the kernel tears these, in the middle of a sector."""
 _BETWEEN_FSYNCS = 24
 _EIO = frozenset({errno.EIO, errno.ENOMEDIUM})
 
@@ -72,18 +70,13 @@ class Totals:
 class Writer:
     """One file, its model, and what was found.
 
-    With an odd seed it is written to past the kernel's page cache, if it can be.
-
     Attributes:
         totals: for the report.
     """
 
     def __init__(self, path: Path, *, size: int, seed: int, rate: float, log: Path) -> None:
         self.totals = Totals()
-        # Who opens a disk only to write to it, and nobody else has it open, writes past the kernel's page cache.
-        self._past = seed % 2 == 1
-        self._out = os.open(path, os.O_WRONLY if self._past else os.O_RDWR)
-        self._fd = os.open(path, os.O_RDONLY) if self._past else self._out
+        self._fd = os.open(path, os.O_RDWR)
         self._sectors = size // SECTOR
         self._random = random.Random(seed)
         self._rate = rate
@@ -132,8 +125,6 @@ class Writer:
     def _place(self) -> tuple[int, int]:
         """Mostly short, in a few hot places as well as everywhere, so that writes overlap."""
         longest = self._random.choice((1, 8, 8, 64, _LONGEST // SECTOR))
-        if self._past and self._random.random() < 0.02:
-            longest = _LONGER // SECTOR
         count = min(self._random.randint(1, longest), self._sectors)
         span = self._sectors - count
         if self._random.random() < 0.3:
@@ -150,7 +141,7 @@ class Writer:
         began = time.monotonic()
         self.totals.writes += 1
         try:
-            done = os.pwrite(self._out, data, first * SECTOR)
+            done = os.pwrite(self._fd, data, first * SECTOR)
         except OSError as error:
             self._note_error("write", error, began)
             self._loose.update(range(first, first + count))
@@ -196,7 +187,7 @@ class Writer:
         began = time.monotonic()
         self.totals.fsyncs += 1
         try:
-            os.fsync(self._out)
+            os.fsync(self._fd)
         except OSError as error:
             self._note_error("fsync", error, began)
             self._loose.update(self._older)

@@ -44,7 +44,6 @@ class MemoryFile(BlockFile):
     def __init__(self, size: int = 4096) -> None:
         self.device = MemoryDevice(size)
         super().__init__(self.device)
-        self.writes_behind = True
         self.error: BaseException | None = None
         self.answer: Callable[[bytes], bytes] = bytes
         self.drains = 0

@@ -284,15 +284,15 @@ async def test_read_only_mounts_never_sync() -> None:
 async def test_unsynced_disks_are_known() -> None:
     rig = Rig()
     handle = await rig.open()
-    assert list(rig.operations.unsynced()) == []
+    assert rig.operations.unsynced() == []
     await rig.operations.write(handle, 0, b"x")
-    assert list(rig.operations.unsynced()) == [rig.disk]
+    assert rig.operations.unsynced() == [rig.disk]
     rig.file.device.flush_error = CommandTimeoutError("slow")
     assert await refused(rig.operations.fsync(handle, False)) == errno.EIO
-    assert list(rig.operations.unsynced()) == [rig.disk]
+    assert rig.operations.unsynced() == [rig.disk]
     rig.file.device.flush_error = None
     await rig.operations.fsync(handle, False)
-    assert list(rig.operations.unsynced()) == []
+    assert rig.operations.unsynced() == []
 
 
 async def test_release_forgets() -> None:
