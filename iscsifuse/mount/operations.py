@@ -83,12 +83,16 @@ class _OpenDisk:
 
     Attributes:
         peek, read: the file's own, with nothing in between.
+        durable: whether each write is to be followed by a sync of ours: where nothing is cached, the kernel asks for
+            none, whatever flags the file was opened with (fs/fuse/file.c of Linux, fuse_direct_write_iter).
         size: bytes that it had when it was opened; the most that it ever had, where all share it.
     """
 
-    __slots__ = ("direct", "file", "handle", "peek", "read", "size", "writable", "writes")
+    __slots__ = ("direct", "durable", "file", "handle", "peek", "read", "size", "writable", "writes")
 
-    def __init__(self, file: BlockFile, writes: _Writes, *, writable: bool, direct: bool) -> None:
+    def __init__(
+        self, file: BlockFile, writes: _Writes, *, writable: bool, direct: bool, durable: bool = False
+    ) -> None:
         self.file = file
         self.peek = file.peek
         self.read = file.read
@@ -96,6 +100,7 @@ class _OpenDisk:
         self.handle: Handle = file.open()
         self.writable = writable
         self.direct = direct
+        self.durable = durable
         self.size = file.size
 
     def may_end(self, at: int, *, wanted: int) -> bool:
@@ -282,7 +287,11 @@ class DiskOperations(pyfuse3.Operations):
         number = self._number()
         direct = bool(flags & os.O_DIRECT) and not self._direct_io
         self._readable[number] = self._disks[number] = _OpenDisk(
-            disk.file, self._writes.setdefault(disk, _Writes()), writable=writable, direct=direct
+            disk.file,
+            self._writes.setdefault(disk, _Writes()),
+            writable=writable,
+            direct=direct,
+            durable=self._direct_io and bool(flags & (os.O_SYNC | os.O_DSYNC)),
         )
         return FileInfo(fh=FileHandleT(number), direct_io=self._direct_io, keep_cache=not self._direct_io)
 
@@ -319,6 +328,8 @@ class DiskOperations(pyfuse3.Operations):
             raise FUSEError(errno.ENOSPC)
         opened.writes.count += 1
         written = await file.write(off, buf)
+        if opened.durable:
+            await self._sync(opened)
         if written < len(buf) and opened.direct:
             # The kernel makes an EIO of a short write with O_DIRECT; this says what it is.
             raise FUSEError(errno.ENOSPC)
@@ -342,10 +353,13 @@ class DiskOperations(pyfuse3.Operations):
         """Everything that was written is on stable storage, or this is an error."""
         opened = self._disks.get(fh)
         if opened is not None and not self._read_only:
-            await own_task()
-            covered = opened.writes.count
-            await opened.file.sync(opened.handle)
-            opened.writes.synced = max(opened.writes.synced, covered)
+            await self._sync(opened)
+
+    async def _sync(self, opened: _OpenDisk) -> None:
+        await own_task()
+        covered = opened.writes.count
+        await opened.file.sync(opened.handle)
+        opened.writes.synced = max(opened.writes.synced, covered)
 
     @translated
     async def release(self, fh: FileHandleT) -> None:

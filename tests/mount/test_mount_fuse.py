@@ -251,6 +251,30 @@ def test_fsync_reaches_stable_storage(ram: Ram) -> None:
         assert ram.log()[-2:] == ["write 16 512", "flush"]
 
 
+@pytest.mark.parametrize("direct_io", [False, True])
+@pytest.mark.parametrize("flags", [0, os.O_DSYNC, os.O_SYNC])
+def test_synchronous_writes_reach_stable_storage(ram: Ram, flags: int, direct_io: bool) -> None:
+    """The kernel asks for that where it caches the file, and else leaves it to us."""
+    assert ram.start(read_write=True, direct_io=direct_io) == 0
+    number = os.open(ram.lun, os.O_WRONLY | flags)
+    os.pwrite(number, b"x" * 4096, 8192)
+    if flags:
+        assert ram.log() == ["write 16 4096", "flush"]
+    else:
+        assert "flush" not in ram.log()
+    os.close(number)
+
+
+@pytest.mark.parametrize("direct_io", [False, True])
+def test_a_synchronous_write_that_fails_is_an_error(ram: Ram, direct_io: bool) -> None:
+    assert ram.start(read_write=True, direct_io=direct_io) == 0
+    number = os.open(ram.lun, os.O_WRONLY | os.O_DSYNC)
+    ram.order("fail-0")
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        os.pwrite(number, b"x" * 4096, 0)
+    os.close(number)
+
+
 def test_a_disk_that_grows_and_shrinks(ram: Ram) -> None:
     assert ram.start(disks=[2048]) == 0
     assert ram.lun.read_bytes() == bytes(MIB)
