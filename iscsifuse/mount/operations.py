@@ -70,7 +70,7 @@ _NO_HANDLE = FileHandleT(0)
 
 
 class _Writes:
-    """How many writes a disk has had, and how many of them a successful fsync has covered."""
+    """How many writes of a disk have ended, and how many of them a successful fsync has covered."""
 
     __slots__ = ("count", "synced")
 
@@ -326,8 +326,10 @@ class DiskOperations(pyfuse3.Operations):
         file = opened.file
         if off >= file.size and buf:
             raise FUSEError(errno.ENOSPC)
-        opened.writes.count += 1
-        written = await file.write(off, buf)
+        try:
+            written = await file.write(off, buf)
+        finally:
+            opened.writes.count += 1  # Only now: a sync that ended meanwhile may have missed it.
         if opened.durable:
             await self._sync(opened)
         if written < len(buf) and opened.direct:

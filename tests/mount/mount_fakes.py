@@ -39,13 +39,17 @@ class MemoryDevice:
 
 
 class MemoryFile(BlockFile):
-    """A file in memory. ``error`` is raised by reads and writes; ``answer`` replaces what a read returns."""
+    """A file in memory.
+
+    ``error`` is raised by reads and writes; ``answer`` replaces what a read returns; a write waits for ``hold``.
+    """
 
     def __init__(self, size: int = 4096) -> None:
         self.device = MemoryDevice(size)
         super().__init__(self.device)
         self.error: BaseException | None = None
         self.answer: Callable[[bytes], bytes] = bytes
+        self.hold: trio.Event | None = None
         self.drains = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -60,6 +64,8 @@ class MemoryFile(BlockFile):
 
     async def write(self, offset: int, data: Buffer) -> int:
         await trio.lowlevel.checkpoint()
+        if self.hold is not None:
+            await self.hold.wait()
         if self.error is not None:
             raise self.error
         count = min(len(data), self.size - offset)

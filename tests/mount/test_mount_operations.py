@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 
 import pyfuse3
 import pytest
+import trio
+import trio.testing
 from mount_fakes import MemoryFile
 from pyfuse3 import EntryAttributes, FileHandleT, FlagT, FUSEError, InodeT, RequestContext, SetattrFields
 
@@ -291,6 +293,21 @@ async def test_unsynced_disks_are_known() -> None:
     assert await refused(rig.operations.fsync(handle, False)) == errno.EIO
     assert rig.operations.unsynced() == [rig.disk]
     rig.file.device.flush_error = None
+    await rig.operations.fsync(handle, False)
+    assert rig.operations.unsynced() == []
+
+
+async def test_a_write_that_ends_after_a_sync_is_unsynced() -> None:
+    rig = Rig()
+    handle = await rig.open()
+    await rig.operations.write(handle, 0, b"x")
+    rig.file.hold = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.operations.write, handle, 0, b"y")
+        await trio.testing.wait_all_tasks_blocked()
+        await rig.operations.fsync(handle, False)
+        rig.file.hold.set()
+    assert rig.operations.unsynced() == [rig.disk]
     await rig.operations.fsync(handle, False)
     assert rig.operations.unsynced() == []
 
