@@ -60,6 +60,8 @@ _CONNECT_LIMIT = 30.0
 _POLITE_LIMIT = 10.0
 _STOP_LIMIT = 60.0
 """Seconds for the last write-back after a signal. systemd's patience is 90 s."""
+_LAST_LIMIT = 5.0
+"""Seconds at least for what was written meanwhile."""
 _RELEASE_LIMIT = 5.0
 """Seconds for the kernel to leave off waiting in our name."""
 _ENDLESS = 600.0
@@ -272,13 +274,17 @@ class _Mount:
             await self._unmount_politely()
         if self._ended.is_set():
             channel.stop_listening()
-        errors = await self._write_back(patience)
-        for error in errors:
-            log.error("%s", error)
+        end = trio.current_time() + patience
+        failed: set[Disk] = set()
+        errors = await self._write_back(patience, failed)
         self._main.cancel()
         await self._ended.wait()
         if self._invalidations.under_way:
             await self._release()
+        # What was written in the meantime to a mount that is busy: now nobody can write any more.
+        errors += await self._write_back(max(_LAST_LIMIT, end - trio.current_time()), failed)
+        for error in errors:
+            log.error("%s", error)
         await channel.say_farewell(errors)
         return errors
 
@@ -286,11 +292,11 @@ class _Mount:
         """Nobody answers reads any more: let nobody wait for that, and for a page that such a read holds.
 
         See ``invalidation``. Whoever may not abort the connection (neither root, nor fusectl's to use) serves it a
-        little longer: every read is an error.
+        little longer: every read and write is an error.
         """
         if self._abort():
             return
-        self._operations.refuse_reads()
+        self._operations.refuse_all()
         with trio.move_on_after(_RELEASE_LIMIT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_serve_kernel, self._operations)
@@ -320,17 +326,24 @@ class _Mount:
         reason = "does not come to rest" if limit.cancelled_caught else str(problem or "interrupted again")
         log.warning("%s; programs that still use it will get errors", reason)
 
-    async def _write_back(self, patience: float) -> list[str]:
-        """Bring everything to stable storage; sentences about what couldn't be."""
+    async def _write_back(self, patience: float, failed: set[Disk]) -> list[str]:
+        """Bring everything to stable storage; sentences about what couldn't be.
+
+        Args:
+            patience: seconds.
+            failed: disks of which that was said before; grows.
+        """
         errors: list[str] = []
-        waiting = set(self._operations.unsynced())
+        waiting = set(self._operations.unsynced()) - failed
 
         async def one(disk: Disk) -> None:
             try:
-                await disk.file.sync(self._keepers[disk])
+                await self._operations.sync(disk, self._keepers[disk])
             except IscsifuseError as error:
+                failed.add(disk)
                 errors.append(f"LUN {disk.lun} of {disk.target}: {error}")
             except Exception as error:
+                failed.add(disk)
                 log.exception("writing back LUN %d of %s failed unexpectedly", disk.lun, disk.target)
                 errors.append(f"LUN {disk.lun} of {disk.target}: {error!r}")
             waiting.discard(disk)
@@ -342,6 +355,7 @@ class _Mount:
                     for disk in list(waiting):
                         disks.start_soon(one, disk)
                 nursery.cancel_scope.cancel()
+        failed |= waiting
         errors.extend(
             f"LUN {disk.lun} of {disk.target}: not everything could be written back in time; "
             f"{disk.file.stats().dirty_bytes} bytes are lost"

@@ -28,7 +28,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import pyfuse3
 import trio
@@ -77,14 +77,21 @@ class _Writes:
     def __init__(self) -> None:
         self.count = self.synced = 0
 
+    async def sync(self, file: BlockFile, handle: Handle) -> None:
+        """``BlockFile.sync``, which covers what has ended by now."""
+        covered = self.count
+        await file.sync(handle)
+        self.synced = max(self.synced, covered)
+
 
 class _OpenDisk:
     """A disk that a program has opened.
 
     Attributes:
         peek, read: the file's own, with nothing in between.
-        durable: whether each write is to be followed by a sync of ours: where nothing is cached, the kernel asks for
-            none, whatever flags the file was opened with (fs/fuse/file.c of Linux, fuse_direct_write_iter).
+        durable: whether each write is to be followed by a sync of ours. For O_SYNC and O_DSYNC the kernel asks for
+            one, but not where nothing is cached, nor for asynchronous writes with O_DIRECT (fs/fuse/file.c of Linux:
+            fuse_direct_write_iter, fuse_aio_complete).
         size: bytes that it had when it was opened; the most that it ever had, where all share it.
     """
 
@@ -130,8 +137,11 @@ class _OpenStatus:
         return at >= len(self._data)
 
 
-class _Refusing(dict[int, "_OpenDisk | _OpenStatus"]):
-    """What is open, where nothing is to be read any more."""
+_Open = TypeVar("_Open")
+
+
+class _Refusing(dict[int, _Open]):
+    """What is open, where nothing is to be read or written any more."""
 
     def __missing__(self, fh: int) -> NoReturn:
         raise FUSEError(errno.EIO)
@@ -177,6 +187,14 @@ class DiskOperations(pyfuse3.Operations):
     def unsynced(self) -> list[Disk]:
         """The disks that were written to since their last successful fsync."""
         return [disk for disk, writes in self._writes.items() if writes.count != writes.synced]
+
+    async def sync(self, disk: Disk, handle: Handle) -> None:
+        """fsync(2) for who has a handle of a disk that was written to, and no descriptor.
+
+        Raises:
+            WriteBackError: see ``BlockFile.sync``.
+        """
+        await self._writes[disk].sync(disk.file, handle)
 
     def init(self) -> None:
         """Called by pyfuse3 when the kernel has connected."""
@@ -291,7 +309,7 @@ class DiskOperations(pyfuse3.Operations):
             self._writes.setdefault(disk, _Writes()),
             writable=writable,
             direct=direct,
-            durable=self._direct_io and bool(flags & (os.O_SYNC | os.O_DSYNC)),
+            durable=bool(flags & (os.O_SYNC | os.O_DSYNC)) and (self._direct_io or direct),
         )
         return FileInfo(fh=FileHandleT(number), direct_io=self._direct_io, keep_cache=not self._direct_io)
 
@@ -313,10 +331,17 @@ class DiskOperations(pyfuse3.Operations):
             # The mount is ending. Unanswered, the read would hold its page, and who waits for that, a little longer.
             raise FUSEError(errno.EIO) from None
 
-    def refuse_reads(self) -> None:
-        """From now on every open and every read is an error."""
+    def refuse_all(self) -> None:
+        """From now on every open, read, write and fsync is an error."""
         self.closing = True
         self._readable = _Refusing()
+        self._disks = _Refusing()
+
+    def _disk(self, fh: int) -> _OpenDisk | None:
+        try:
+            return self._disks[fh]
+        except KeyError:
+            return None  # the status file
 
     @translated
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
@@ -345,7 +370,7 @@ class DiskOperations(pyfuse3.Operations):
 
     @never_enosys
     async def _flush(self, fh: FileHandleT) -> None:
-        opened = self._disks.get(fh)
+        opened = self._disk(fh)
         if opened is not None and opened.writable:
             await own_task()
             await opened.file.drain(opened.handle)
@@ -353,15 +378,13 @@ class DiskOperations(pyfuse3.Operations):
     @never_enosys
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Everything that was written is on stable storage, or this is an error."""
-        opened = self._disks.get(fh)
+        opened = self._disk(fh)
         if opened is not None and not self._read_only:
             await self._sync(opened)
 
     async def _sync(self, opened: _OpenDisk) -> None:
         await own_task()
-        covered = opened.writes.count
-        await opened.file.sync(opened.handle)
-        opened.writes.synced = max(opened.writes.synced, covered)
+        await opened.writes.sync(opened.file, opened.handle)
 
     @translated
     async def release(self, fh: FileHandleT) -> None:

@@ -266,6 +266,27 @@ def test_synchronous_writes_reach_stable_storage(ram: Ram, flags: int, direct_io
 
 
 @pytest.mark.parametrize("direct_io", [False, True])
+def test_asynchronous_writes_reach_stable_storage(ram: Ram, direct_io: bool) -> None:
+    """The kernel doesn't ask for that where they are asynchronous."""
+    assert ram.start(read_write=True, direct_io=direct_io) == 0
+    command = [
+        "fio",
+        "--name=job",
+        f"--filename={ram.lun}",
+        "--rw=write",
+        "--bs=4096",
+        "--size=16384",
+        "--sync=dsync",
+    ]
+    command += ["--ioengine=libaio", "--iodepth=1", "--direct=1", "--allow_file_create=0"]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    log = ram.log()
+    writes = [index for index, line in enumerate(log) if line.startswith("write")]
+    assert len(writes) == 4
+    assert all("flush" in log[index + 1 : index + 2] for index in writes), log
+
+
+@pytest.mark.parametrize("direct_io", [False, True])
 def test_a_synchronous_write_that_fails_is_an_error(ram: Ram, direct_io: bool) -> None:
     assert ram.start(read_write=True, direct_io=direct_io) == 0
     number = os.open(ram.lun, os.O_WRONLY | os.O_DSYNC)
@@ -490,6 +511,25 @@ def test_a_signal_unmounts_what_is_busy(ram: Ram) -> None:
     finally:
         with pytest.raises(OSError, match=r"not connected|aborted"):
             os.close(number)
+
+
+def test_what_is_written_while_a_busy_mount_ends_is_not_lost(ram: Ram) -> None:
+    assert ram.start(read_write=True) == 0
+    pid = int(status(ram.point)["pid"])  # type: ignore[call-overload]
+    number = os.open(ram.lun, os.O_RDWR)
+    os.pwrite(number, b"x" * 4096, 0)
+    ram.order("stall-0")
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(1)  # it is writing back by now, and the disk doesn't answer
+    assert os.pwrite(number, b"y" * 4096, MIB) == 4096
+    assert ram.is_mounted()
+    ram.revoke("stall-0")
+    wait_for(lambda: not ram.is_mounted())
+    with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+        os.close(number)
+    wait_for(lambda: (ram.control / "logged-out").exists())
+    log = ram.log()
+    assert log.index("write 0 4096") < log.index("write 2048 4096") < len(log) - 1 - log[::-1].index("flush")
 
 
 @pytest.mark.parametrize("verbosity", [0, 2])

@@ -207,7 +207,7 @@ async def test_a_read_only_file_is_never_opened() -> None:
     assert await rig.operations.read(NEVER_OPENED, 4090, 100) == bytes(range(250, 256))
     assert await refused(rig.open(os.O_RDWR)) == errno.EROFS
     await rig.operations.fsync(NEVER_OPENED, False)
-    rig.operations.refuse_reads()
+    rig.operations.refuse_all()
     assert await refused(rig.operations.read(NEVER_OPENED, 0, 512)) == errno.EIO
     assert await refused(rig.open(os.O_RDONLY)) == errno.ESHUTDOWN
 
