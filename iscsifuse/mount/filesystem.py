@@ -14,6 +14,8 @@ Rules:
 * Nothing stays mounted, whatever happens: from the moment that ``attach`` has returned, ``_detach`` is in a finally.
 * An unmount by anybody (umount, fusermount3) ends ``pyfuse3.main``, which is the normal end.
 * Write-back comes before logout, and has a deadline. A second signal makes the deadline now.
+* Programs that keep a mount busy may write until they are cut off, also while their disks are written back. So those
+  that were written to meanwhile are written back once more after that, when nobody can.
 * Never a FUSE request of our own from the thread that serves them. Invalidations go through a worker thread: the
   kernel lets them wait for pages that a pending read holds. What that means for the end: see ``invalidation``.
 """
@@ -61,7 +63,7 @@ _POLITE_LIMIT = 10.0
 _STOP_LIMIT = 60.0
 """Seconds for the last write-back after a signal. systemd's patience is 90 s."""
 _LAST_LIMIT = 5.0
-"""Seconds at least for what was written meanwhile."""
+"""Seconds, at least, for what was written to a busy mount meanwhile."""
 _RELEASE_LIMIT = 5.0
 """Seconds for the kernel to leave off waiting in our name."""
 _ENDLESS = 600.0
@@ -281,7 +283,7 @@ class _Mount:
         await self._ended.wait()
         if self._invalidations.under_way:
             await self._release()
-        # What was written in the meantime to a mount that is busy: now nobody can write any more.
+        # Once more: now nobody can write any more. See the module.
         errors += await self._write_back(max(_LAST_LIMIT, end - trio.current_time()), failed)
         for error in errors:
             log.error("%s", error)

@@ -4,6 +4,7 @@ import errno
 import json
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,6 +266,7 @@ def test_synchronous_writes_reach_stable_storage(ram: Ram, flags: int, direct_io
     os.close(number)
 
 
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio isn't installed")
 @pytest.mark.parametrize("direct_io", [False, True])
 def test_asynchronous_writes_reach_stable_storage(ram: Ram, direct_io: bool) -> None:
     """The kernel doesn't ask for that where they are asynchronous."""
