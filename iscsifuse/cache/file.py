@@ -53,6 +53,14 @@ class BlockFile(abc.ABC):
         """
         self._errors.record(error if isinstance(error, WriteBackError) else write_back_error(error))
 
+    def check(self) -> None:
+        """Tell what nobody has been told of yet; waits for nothing.
+
+        Raises:
+            WriteBackError: the device failed something that was acknowledged.
+        """
+        self._errors.check(self._errors.open())
+
     def on_error(self, callback: Callable[[], None]) -> None:
         """Have a function called whenever something that was acknowledged turns out not to be on the disk.
 

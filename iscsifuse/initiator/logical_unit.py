@@ -87,6 +87,8 @@ class LogicalUnit:
         block_count: how many it has now.
         on_change: called after the capacity or the medium changed, and when the unit is gone.
         on_loss: called when what was written and not flushed may be lost; must not wait.
+        on_deferred: called when the target failed a write after it had accepted it; must not wait. Where there is
+            none, the next `flush` tells.
         on_inventory: called after the target said that its list of units changed.
     """
 
@@ -100,6 +102,7 @@ class LogicalUnit:
         self.label = f"LUN {description.lun} of {nexus.target_name}"
         self.on_change: Callable[[], None] | None = None
         self.on_loss: Callable[[], None] | None = None
+        self.on_deferred: Callable[[WriteBackError], None] | None = None
         self.on_inventory: Callable[[], None] | None = None
         self._nexus = nexus
         self._address = description.address
@@ -228,7 +231,7 @@ class LogicalUnit:
         """Bring everything that was written to stable storage (SYNCHRONIZE CACHE, where there is a volatile cache).
 
         Raises:
-            WriteBackError: the target failed a write after it had accepted it; told once.
+            WriteBackError: the target failed a write after it had accepted it; told once, here or by `on_deferred`.
             IscsifuseError: it can't be said that everything is there.
         """
         if self._nexus.settings.read_only:
@@ -311,7 +314,11 @@ class LogicalUnit:
         if change & Change.DEFERRED:
             sentence = f"{self.label}: the target failed a write after it had accepted it"
             log.error("%s", sentence)
-            self._deferred = WriteBackError(sentence)
+            error = WriteBackError(sentence)
+            if self.on_deferred is not None:
+                self.on_deferred(error)
+            else:
+                self._deferred = error
         if change & Change.RESET and self.on_loss is not None:
             if self._has_volatile_cache:
                 log.info("%s was reset: what it was given since its last flush is written again", self.label)

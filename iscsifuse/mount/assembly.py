@@ -23,7 +23,7 @@ from ipaddress import ip_address
 
 import trio
 
-from iscsifuse.cache import BufferPool, CacheSettings, block_file
+from iscsifuse.cache import BlockFile, BufferPool, CacheSettings, block_file
 from iscsifuse.errors import FormatError, IscsifuseError, NothingFoundError
 from iscsifuse.initiator.discovery import discover
 from iscsifuse.initiator.groups import plain_errors
@@ -35,6 +35,7 @@ from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.settings import DiscoveredTarget, Portal
 from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.iscsi.names import validate_iscsi_name
+from iscsifuse.mount.breakdown import Breakdown
 from iscsifuse.mount.plan import MountPlan
 from iscsifuse.mount.report import SessionReporter
 from iscsifuse.mount.tree import Disk
@@ -64,6 +65,7 @@ class Assembly:
         details: more about each disk, for the status.
         on_change: called after the size or the medium of a disk changed; its cache has been dropped already.
         on_new: called when a disk was added to ``disks``.
+        breakdown: whether something that the disks stand on has ended. The others can still be written back then.
     """
 
     disks: list[Disk] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Assembly:
     details: dict[Disk, Mapping[str, object]] = field(default_factory=dict)
     on_change: Callable[[Disk], None] | None = None
     on_new: Callable[[Disk], None] | None = None
+    breakdown: Breakdown = field(default_factory=Breakdown)
 
 
 @dataclass(slots=True, eq=False)
@@ -157,7 +160,7 @@ class _Assembler:
         self._logins = trio.Semaphore(_LOGINS_AT_ONCE)
 
     async def open(self, nursery: trio.Nursery) -> None:
-        """Log in everywhere, and fill in the assembly."""
+        """Log in everywhere, and fill in the assembly; its errors are those of ``assemble``."""
         targets = await self._targets()
         for target in targets:
             nursery.start_soon(self._hold, target)
@@ -178,6 +181,7 @@ class _Assembler:
         assembly.details = {
             disk: _details(description) for target in used for disk, description in target.disks.items()
         }
+        assembly.breakdown.check()
 
     async def _targets(self) -> list[_Target]:
         plan = self._plan
@@ -206,13 +210,15 @@ class _Assembler:
                 chosen = await self._choose(nexus, target)
                 if chosen:
                     await self._serve(nexus, target, chosen)
-        except IscsifuseError as error:
-            if not target.settled.is_set():
-                target.error = error
-            elif self.closing.is_set():
+        except Exception as error:
+            if target.settled.is_set() and not self.closing.is_set():
+                self.assembly.breakdown.note(error)  # Its disks are gone; those of other targets aren't.
+            elif not isinstance(error, IscsifuseError):
+                raise
+            elif target.settled.is_set():
                 log.warning("%s", error)
             else:
-                raise
+                target.error = error
         finally:
             self._settle(target)
 
@@ -234,7 +240,15 @@ class _Assembler:
             self._logins.release()
 
     async def _watch(self, nexus: Nexus, target: _Target, caches: trio.Nursery) -> None:
-        """Keep an eye on what a target has; see the module."""
+        """Keep an eye on what a target has; see the module. No disk shall suffer for a mistake in it."""
+        try:
+            await self._look_around(nexus, target, caches)
+        except Exception:
+            log.exception(
+                "a mistake of ours: new disks of %s, and new sizes, aren't looked for any more", target.name
+            )
+
+    async def _look_around(self, nexus: Nexus, target: _Target, caches: trio.Nursery) -> None:
         # What became new since the scan would be missed where this takes the notice of it away.
         due = await make_room_in_tgtd(nexus, target.disks.values())
         while True:
@@ -282,7 +296,7 @@ class _Assembler:
         except IscsifuseError as error:
             self._leave_out(f"{unit.label} can't be used: {error}")
             return None
-        await caches.start(file.run)
+        await caches.start(self._run, file)
         if self._plan.read_write and description.write_protected:
             log.warning("%s is write-protected: it can only be read", unit.label)
         disk = Disk(
@@ -298,8 +312,14 @@ class _Assembler:
 
         unit.on_change = changed
         unit.on_loss = file.lose
+        unit.on_deferred = file.report
         unit.on_inventory = target.has_news
         return disk
+
+    async def _run(self, file: BlockFile, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The background work of a disk. Where it breaks down, what others have to write is kept."""
+        with self.assembly.breakdown.contained():
+            await file.run(task_status=task_status)
 
     async def _choose(self, nexus: Nexus, target: _Target) -> list[LunDescription]:
         """The LUNs of a target that are to be mounted.

@@ -13,7 +13,8 @@ Rules:
 
 * Nothing stays mounted, whatever happens: from the moment that ``attach`` has returned, ``_detach`` is in a finally.
 * An unmount by anybody (umount, fusermount3) ends ``pyfuse3.main``, which is the normal end.
-* Write-back comes before logout, and has a deadline. A second signal makes the deadline now.
+* Write-back comes before logout, and has a deadline. A second signal makes the deadline now. Nothing may skip it: a
+  task of ours that breaks down is like a signal (``breakdown``).
 * Programs that keep a mount busy may write until they are cut off, also while their disks are written back. So those
   that were written to meanwhile are written back once more after that, when nobody can.
 * Never a FUSE request of our own from the thread that serves them. Invalidations go through a worker thread: the
@@ -184,7 +185,7 @@ class _Mount:
         self._inodes = {node.disk: node.inode for node in self._tree.disk_nodes() if node.disk is not None}
         self._main = trio.CancelScope()
         self._ended = trio.Event()
-        self._broken: Exception | None = None
+        self._breakdown = assembly.breakdown
         self._invalidations = Invalidations()
         self._device = ""
         for disk, inode in self._inodes.items():
@@ -204,7 +205,7 @@ class _Mount:
                     tune_mount(entry, read_ahead=0 if plan.direct_io else plan.read_ahead)
                     channel = Channel(entry.device, status=self._report.document, may_listen=self._may_listen)
                     nursery.start_soon(channel.serve)
-                    nursery.start_soon(self._invalidations.run)
+                    nursery.start_soon(self._invalidate)
                     self._assembly.on_change = self._note_change
                     self._assembly.on_new = self._note_new
                     for disk in self._assembly.disks:
@@ -216,21 +217,21 @@ class _Mount:
                     nursery.cancel_scope.cancel()
         finally:
             self._detach()
-        if self._broken is not None:
-            raise MountError(f"the mount broke down: {self._broken!r}") from self._broken
+        self._breakdown.check()
         return EXIT_FAILURE if errors else 0
 
     # -- serving ----------------------------------------------------------------------------------------------------
 
     async def _serve_requests(self) -> None:
         try:
-            with self._main:
+            with self._breakdown.contained(), self._main:
                 await _serve_kernel(self._operations)
-        except Exception as error:
-            self._broken = error
-            log.critical("the mount broke down", exc_info=error)
         finally:
             self._ended.set()
+
+    async def _invalidate(self) -> None:
+        with self._breakdown.contained():
+            await self._invalidations.run()
 
     async def _connected(self) -> MountEntry:
         """Wait until the kernel has shaken hands; the mount as the mount table has it."""
@@ -240,8 +241,9 @@ class _Mount:
                     break
                 await _first_of(self._operations.connected, self._ended)
         entry = find_mount(self._plan.mountpoint)
-        if self._broken is not None or not self._operations.connected.is_set() or entry is None:
-            raise MountError(f"{self._plan.mountpoint}: the kernel did not take up the mount") from self._broken
+        broken = self._breakdown.error
+        if broken is not None or not self._operations.connected.is_set() or entry is None:
+            raise MountError(f"{self._plan.mountpoint}: the kernel did not take up the mount") from broken
         return entry
 
     def _may_listen(self, uid: int) -> bool:
@@ -269,7 +271,7 @@ class _Mount:
     # -- ending -----------------------------------------------------------------------------------------------------
 
     async def _until_the_end(self, channel: Channel) -> list[str]:
-        await _first_of(self._ended, self._stop.asked)
+        await _first_of(self._ended, self._stop.asked, self._breakdown.happened)
         patience = self._patience
         if not self._ended.is_set():
             patience = min(patience, _STOP_LIMIT)
@@ -285,6 +287,7 @@ class _Mount:
             await self._release()
         # Once more: now nobody can write any more. See the module.
         errors += await self._write_back(max(_LAST_LIMIT, end - trio.current_time()), failed)
+        errors += self._untold(failed)
         for error in errors:
             log.error("%s", error)
         await channel.say_farewell(errors)
@@ -363,6 +366,16 @@ class _Mount:
             f"{disk.file.stats().dirty_bytes} bytes are lost"
             for disk in waiting
         )
+        return errors
+
+    def _untold(self, failed: set[Disk]) -> list[str]:
+        """Sentences about what the other disks failed after all, and no program has heard of."""
+        errors: list[str] = []
+        for disk in self._keepers.keys() - failed:
+            try:
+                disk.file.check()
+            except IscsifuseError as error:
+                errors.append(f"LUN {disk.lun} of {disk.target}: {error}")
         return errors
 
     def _detach(self) -> None:

@@ -60,8 +60,14 @@ class Invalidations:
                 except OSError as error:
                     # ENOENT: the kernel doesn't know the file, so there is nothing to drop.
                     log.debug("invalidate %s of inode %d: %s", name, inode, error)
-                self.under_way = False
-                self._done.set()
+                except Exception:
+                    self._left()
+                    raise
+                self._left()
+
+    def _left(self) -> None:
+        self.under_way = False
+        self._done.set()
 
     async def wait_done(self) -> None:
         """Wait until the one that is under way has ended."""

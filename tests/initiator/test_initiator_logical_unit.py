@@ -330,6 +330,21 @@ async def test_logical_unit_a_deferred_error_fails_the_next_flush_once(wce: bool
     await _read(unit, 0, 1)
 
 
+@pytest.mark.conformance(113)
+@pytest.mark.expect_log("failed a write after it had accepted it")
+@jumping
+async def test_logical_unit_a_deferred_error_is_told_at_once_to_who_wants_to_know() -> None:
+    deferred = Reply.check(K.MEDIUM_ERROR, 0x0C, code=0x71)
+    unit, _ = await _fake(FakeUnit(mode6_08=Reply(mode(wce=True).encode_6()), read=[deferred, Reply(bytes(512))]))
+    told: list[WriteBackError] = []
+    unit.on_deferred = told.append
+    await _read(unit, 0, 1)
+    assert [str(error) for error in told] == [
+        "LUN 0 of iqn.x:target: the target failed a write after it had accepted it"
+    ]
+    await unit.flush()  # has nothing to add
+
+
 @pytest.mark.conformance(103)
 @pytest.mark.expect_log(RECOVERY)
 async def test_logical_unit_a_loss_during_flush() -> None:

@@ -1,8 +1,9 @@
 """Mounts disks that are in memory: ``python ram_mount.py JSON``. Everything but the initiator is real.
 
 The folder ``control`` commands the disks: the file ``fail-N`` holds the errno that transfers of LUN N fail with,
-``stall-N`` makes them wait for as long as it exists, ``grow-N`` holds a new number of blocks. What happened to a disk
-is written to ``log-N``.
+``stall-N`` makes them wait for as long as it exists, ``grow-N`` holds a new number of blocks, ``report-N`` what was
+lost after it had been written. ``accident`` is a mistake in what the disks stand on. What happened to a disk is
+written to ``log-N``.
 """
 
 import contextlib
@@ -111,6 +112,7 @@ def plan_of(options: dict[str, object]) -> MountPlan:
         "break_loop",
         "may_abort",
         "note_opens",
+        "break_invalidations",
     ):
         fields.pop(name, None)
     fields["mountpoint"] = Path(str(fields["mountpoint"]))
@@ -168,6 +170,12 @@ def main() -> int:
                             disk.file.invalidate()
                             if made.on_change:
                                 made.on_change(disk)
+                        report = control / f"report-{device.lun}"
+                        if report.exists():
+                            disk.file.report(WriteBackError(report.read_text()))
+                            report.unlink()
+                        if (control / "accident").exists() and made.breakdown.error is None:
+                            made.breakdown.note(ZeroDivisionError("a mistake"))
 
                 nursery.start_soon(grow)
             made.disks = disks
@@ -197,6 +205,12 @@ def main() -> int:
                 raise OSError(5, "as commanded")
 
         pyfuse3.main = break_down
+    if options.get("break_invalidations"):
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError("a mistake")
+
+        vars(pyfuse3)["invalidate_inode"] = fail
     if options.get("may_abort") is False:
         vars(filesystem)["abort_connection"] = lambda *_: False
     if options.get("note_opens"):

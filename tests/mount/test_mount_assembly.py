@@ -12,13 +12,23 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from iscsifuse.cache import BlockDevice
+from iscsifuse.cache import BlockDevice, BlockFile
 from iscsifuse.cache import block_file as make_file
-from iscsifuse.errors import AuthenticationError, ConnectError, IscsifuseError, NothingFoundError, ParameterDataError
+from iscsifuse.errors import (
+    AuthenticationError,
+    ConnectError,
+    IscsifuseError,
+    MountError,
+    NothingFoundError,
+    ParameterDataError,
+    WriteBackError,
+)
+from iscsifuse.fibres import own_task
+from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.settings import DiscoveredTarget, Portal, SessionSettings, TargetPortal
 from iscsifuse.initiator.statistics import CommandStatistics
 from iscsifuse.mount import assembly
-from iscsifuse.mount.assembly import assemble, portals_of
+from iscsifuse.mount.assembly import Assembly, assemble, portals_of
 from iscsifuse.mount.plan import MountPlan
 from iscsifuse.mount.tree import Disk
 
@@ -71,7 +81,11 @@ class Unit:
         self.on_change: Callable[[], None] | None = None
         self.on_loss: Callable[[], None] | None = None
         self.on_inventory: Callable[[], None] | None = None
+        self.on_deferred: Callable[[WriteBackError], None] | None = None
+        self.write_burst = 1 << 18
+        self.latency = 0.0
         self.looks = 0
+        self.written: list[tuple[int, bytes]] = []
         nexus.units.append(self)
 
     async def look(self) -> None:
@@ -82,10 +96,12 @@ class Unit:
         raise AssertionError("not used")
 
     async def write(self, buffer: memoryview, *, lba: int, fua: bool = False) -> None:
-        raise AssertionError("not used")
+        await own_task()
+        await trio.lowlevel.checkpoint()
+        self.written.append((lba, bytes(buffer)))
 
     async def flush(self) -> None:
-        raise AssertionError("not used")
+        await trio.lowlevel.checkpoint()
 
 
 class Nexus:
@@ -93,6 +109,7 @@ class Nexus:
         self.target_name = target_name
         self.units: list[Unit] = []
         self.guards: list[Callable[[Any], Awaitable[bool]]] = []
+        self.breaks = trio.Event()
 
     def add_guard(self, guard: Callable[[Any], Awaitable[bool]]) -> None:
         self.guards.append(guard)
@@ -113,6 +130,8 @@ class San:
         self.login_takes = 0.0
         self.most_at_once = self._at_once = 0
         self.slow: set[str] = set()
+        self.slow_to_begin: set[str] = set()
+        self.clumsy: set[str] = set()
         self.scans = 0
         self.told: list[list[int]] = []
         self.while_told: Callable[[], None] | None = None
@@ -137,15 +156,26 @@ class San:
         self.settings = settings
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
-        await trio.sleep(self.login_takes)
+        await trio.sleep(0.01 if target_name in self.slow_to_begin else self.login_takes)
         self._at_once -= 1
         content = self.targets[target_name]
         if isinstance(content, IscsifuseError):
             raise content
         self.logged_in.append(target_name)
-        self.nexuses[target_name] = Nexus(target_name)
+        self.nexuses[target_name] = nexus = Nexus(target_name)
+
+        async def run() -> None:
+            await nexus.breaks.wait()
+            raise ZeroDivisionError("a mistake in the nexus")
+
         try:
-            yield self.nexuses[target_name]
+            with plain_errors():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(run)
+                    yield nexus
+                    if target_name in self.clumsy:
+                        raise ZeroDivisionError("a mistake at the end")
+                    nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=target_name not in self.slow):
                 await trio.sleep(1000 if target_name in self.slow else 0)
@@ -519,6 +549,98 @@ async def test_a_logout_has_an_end(san: San, autojump_clock: MockClock) -> None:
     with trio.fail_after(20):
         async with assemble(PLAN):
             pass
+
+
+# --- mistakes of our own ---
+
+
+@asynccontextmanager
+async def what_is_dirty_is_kept(san: San, target: str) -> AsyncIterator[Assembly]:
+    """Two targets; what has been written to this one's disk before the body must still get there afterwards."""
+    san.targets = {name: [Lun(1)] for name in NAMES[:2]}
+    data = b"precious" * 64
+    async with assemble(replace(PLAN, read_write=True)) as made:
+        (disk,) = (disk for disk in made.disks if disk.target == target)
+        await disk.file.write(512, data)
+        assert disk.file.stats().dirty_bytes == 512
+        yield made
+        await trio.lowlevel.checkpoint()
+        assert disk.file.stats().dirty_bytes == 512
+        await disk.file.sync()
+        assert san.nexuses[target].units[0].written == [(1, data)]
+
+
+@pytest.mark.expect_log("the mount broke down, and ends")
+async def test_a_nexus_that_breaks_down_takes_no_other_target_along(san: San) -> None:
+    async with what_is_dirty_is_kept(san, NAMES[1]) as made:
+        assert not made.breakdown.happened.is_set()
+        made.breakdown.check()
+        san.nexuses[NAMES[0]].breaks.set()
+        with trio.fail_after(5):
+            await made.breakdown.happened.wait()
+        with pytest.raises(MountError, match="the mount broke down: ZeroDivisionError"):
+            made.breakdown.check()
+    assert san.logged_in == []
+
+
+@pytest.mark.expect_log("the mount broke down, and ends")
+async def test_a_cache_that_breaks_down_takes_no_other_along(san: San, monkeypatch: pytest.MonkeyPatch) -> None:
+    breaks = trio.Event()
+
+    def block_file(device: BlockDevice, **arguments: object) -> BlockFile:
+        file = make_file(device, **arguments)  # type: ignore[arg-type]
+        if not san.nexuses.keys() - {NAMES[0]}:
+
+            async def run(*, task_status: trio.TaskStatus[None]) -> None:
+                task_status.started()
+                await breaks.wait()
+                raise ZeroDivisionError("a mistake in the cache")
+
+            monkeypatch.setattr(file, "run", run)
+        return file
+
+    monkeypatch.setattr(assembly, "block_file", block_file)
+    san.slow_to_begin = {NAMES[1]}
+    async with what_is_dirty_is_kept(san, NAMES[1]) as made:
+        breaks.set()
+        with trio.fail_after(5):
+            await made.breakdown.happened.wait()
+    assert san.logged_in == []
+
+
+@pytest.mark.expect_log("a mistake of ours: new disks of .*disk0, and new sizes, aren't looked for any more")
+async def test_a_mistake_in_looking_around_costs_nothing_else(san: San, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def make_room_in_tgtd(nexus: Nexus, _: Iterable[Lun]) -> bool:
+        await trio.lowlevel.checkpoint()
+        if nexus.target_name == NAMES[0]:
+            raise ZeroDivisionError("a mistake")
+        return False
+
+    monkeypatch.setattr(assembly, "make_room_in_tgtd", make_room_in_tgtd)
+    async with what_is_dirty_is_kept(san, NAMES[0]) as made:
+        await trio.sleep(0.05)
+        assert not made.breakdown.happened.is_set()
+
+
+async def test_a_mistake_at_the_end_is_told(san: San) -> None:
+    san.targets = {NAMES[0]: [Lun(1)]}
+    san.clumsy = {NAMES[0]}
+    with pytest.raises(ZeroDivisionError):
+        async with assemble(PLAN):
+            pass
+
+
+async def test_what_a_target_lost_later_is_an_error_of_the_file(san: San) -> None:
+    """Also of a file that nobody flushes any more."""
+    san.targets = {NAMES[0]: [Lun(1)]}
+    async with assemble(PLAN) as made:
+        (unit,) = san.nexuses[NAMES[0]].units
+        assert unit.on_deferred is not None
+        made.disks[0].file.check()
+        unit.on_deferred(WriteBackError("lost after all"))
+        with pytest.raises(WriteBackError, match="lost after all"):
+            made.disks[0].file.check()
+        made.disks[0].file.check()
 
 
 @pytest.mark.parametrize(

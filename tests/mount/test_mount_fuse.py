@@ -1,5 +1,6 @@
 """Through the kernel, on disks in memory: what a program sees that reads, writes, truncates, maps and closes."""
 
+import contextlib
 import errno
 import json
 import mmap
@@ -229,10 +230,13 @@ def test_read_errors_are_errors(ram: Ram) -> None:
 def test_lost_writes_are_reported(ram: Ram, how: str) -> None:
     assert ram.start(read_write=True) == 0
     number = os.open(ram.lun, os.O_WRONLY)
-    os.pwrite(number, bytes(MIB), 0)
+    # Memory that has been touched: the kernel sends parts of blocks where it must fetch pages first, and a part of a
+    # block has the rest of it read.
+    data = b"x" * MIB
+    os.pwrite(number, data, 0)
     os.fsync(number)
     ram.order("fail-0")
-    os.pwrite(number, bytes(MIB), MIB)
+    os.pwrite(number, data, MIB)
     with pytest.raises(OSError, match="Input/output"):
         os.fsync(number) if how == "fsync" else os.close(number)
     if how == "fsync":
@@ -596,6 +600,50 @@ def test_a_loop_that_breaks_down_leaves_no_mount(ram: Ram) -> None:
         assert ram.log()[-1] == "flush"
         with pytest.raises(OSError, match=r"not connected|aborted"):
             file.close()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("where", ["below", "invalidations"])
+def test_what_was_written_survives_a_mistake_of_ours(ram: Ram, where: str, busy: bool) -> None:
+    """Of another disk, too. The mount ends in the usual order, and says what went wrong."""
+    ram.start_in_front(read_write=True, disks=[2048, 2048], break_invalidations=True)
+    with ram.lun.open("r+b", buffering=0) as file:
+        ram.order("stall-0")
+        file.write(bytes(range(256)) * 2)
+        if where == "below":
+            ram.order("accident")
+        else:
+            ram.order("grow-1", "4096")
+        time.sleep(0.3)
+        ram.revoke("stall-0")
+        if not busy:
+            file.close()
+        assert ram.process is not None
+        _, said = ram.process.communicate(timeout=30)
+        assert ram.process.returncode == 99
+        assert "MountError: the mount broke down: ZeroDivisionError('a mistake')" in said
+        assert not ram.is_mounted()
+        assert [line for line in ram.log() if line.startswith("write")] == ["write 0 512"]
+        assert ram.log()[-1] == "flush"
+        assert (ram.control / "logged-out").exists()
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+def test_what_the_disk_lost_after_a_sync_is_told_at_the_end(ram: Ram) -> None:
+    ram.start_in_front(read_write=True, disks=[2048, 2048])
+    for number in range(2):
+        with (ram.point / f"lun-{number}").open("r+b", buffering=0) as file:
+            file.write(b"hello")
+            os.fsync(file.fileno())
+    ram.order("report-1", "lost after all")
+    wait_for(lambda: not (ram.control / "report-1").exists())
+    subprocess.run(["fusermount3", "-u", str(ram.point)], check=True)
+    assert ram.process is not None
+    _, said = ram.process.communicate(timeout=30)
+    assert ram.process.returncode == 32
+    assert "LUN 1 of iqn.2026-11.com.example:ram: lost after all" in said
+    assert "LUN 0 of" not in said
 
 
 def test_a_killed_daemon_leaves_no_mount(ram: Ram) -> None:
