@@ -15,10 +15,13 @@ from iscsifuse.iscsi.connection import Connection
 from iscsifuse.iscsi.request import TaskFunction, TaskManagementRequest
 from iscsifuse.iscsi.response import TaskManagementResponse
 
-__all__ = ["ABORT_LIMIT", "Clearing"]
+__all__ = ["ABORT_LIMIT", "BARRIER_LIMIT", "Clearing"]
 
 ABORT_LIMIT = 10.0
 """Seconds that a target has to answer a task management function."""
+BARRIER_LIMIT = 15.0
+"""The same for ABORT TASK SET. Longer than a line may be silent (`liveness`), for who doesn't answer isn't asked for
+another one again: that must not be the line's doing."""
 
 
 class Clearing:
@@ -44,16 +47,18 @@ class Clearing:
             lun: 8 bytes.
 
         Returns:
-            Its answer (see `TaskResponse`; it needn't support it), or None: it did not answer within ABORT_LIMIT.
+            Its answer (see `TaskResponse`; it needn't support it), or None: it did not answer within BARRIER_LIMIT.
 
         Raises:
             SessionLostError: the session ended first.
         """
         answer = _Answer()
+        if self._ended is not None:
+            raise SessionLostError(str(self._ended))
         itt = self._connection.request(TaskManagementRequest(function=TaskFunction.ABORT_TASK_SET, lun=lun))
         self._under_way[itt] = answer
         self._send()
-        with trio.move_on_after(ABORT_LIMIT):
+        with trio.move_on_after(BARRIER_LIMIT):
             await answer.came.wait()
         del self._under_way[itt]
         if self._ended is not None:

@@ -15,7 +15,7 @@ Source: RFC 7143 §7.3, §11.9, §11.17.
 import logging
 from typing import Protocol
 
-from iscsifuse.errors import ProtocolError, SessionLostError
+from iscsifuse.errors import DigestError, ProtocolError, SessionLostError
 from iscsifuse.initiator.clearing import Clearing
 from iscsifuse.initiator.deadlines import Deadlines
 from iscsifuse.initiator.farewell import Farewell
@@ -109,4 +109,7 @@ class Notices:
                 if isinstance(rejected, TaskManagementRequest):
                     self._deadlines.give_up(now)
                 # A command's number would stay missing for ever: only a new session gets on.
+                if reject.reason == RejectReason.DATA_DIGEST_ERROR:
+                    # The line's doing, not the target's: the command may be sent for as long as sessions get lost.
+                    raise DigestError("the target found the data digest of a command not to match", header=False)
                 raise ProtocolError(f"the target rejected a PDU (reason {reject.reason:#04x})")

@@ -313,6 +313,19 @@ async def test_89_a_command_that_is_always_rejected_is_an_error() -> None:
         assert await b.read(8) == content(8)
 
 
+@pytest.mark.conformance(89)
+@pytest.mark.expect_log(RECOVERY)
+@jumping
+async def test_89_a_command_whose_data_is_damaged_on_its_way_has_as_long_as_a_lost_one() -> None:
+    """Reject with reason 02h → the line's doing, and not the target's: the command isn't given up for it."""
+    async with nexus_bench(strict=False) as b:
+        damaged = RejectReason.DATA_DIGEST_ERROR
+        rejected = Change(lambda pdu: _with_numbers(_rejected(_command(b, pdu), damaged), pdu))
+        b.rule(OUT, rejected, all_of(READ, has_lba(7)), times=8)
+        assert await b.read(7) == content(7)
+        assert b.target.logins == 9
+
+
 def _command(b: Bench, answer: Any) -> ScsiCommand:
     return next(pdu for pdu in reversed(b.tape.sent(ScsiCommand)) if pdu.itt == answer.itt)
 

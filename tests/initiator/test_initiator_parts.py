@@ -10,7 +10,7 @@ from initiator_fakes import LUN_0, jumping
 
 from iscsifuse.errors import IdentityError, SessionLostError
 from iscsifuse.initiator.bars import Bars
-from iscsifuse.initiator.clearing import ABORT_LIMIT, Clearing
+from iscsifuse.initiator.clearing import BARRIER_LIMIT, Clearing
 from iscsifuse.initiator.farewell import LOGOUT_LIMIT, Farewell
 from iscsifuse.initiator.guards import ASK_AGAIN_AFTER, Guards
 from iscsifuse.initiator.liveness import PING_AFTER, PING_LIMIT, Liveness
@@ -138,7 +138,7 @@ async def test_parts_clearing_gives_each_answer_to_who_asked() -> None:
         assert clearing.take_answer(TaskManagementResponse(itt=tags[LUN_1], response=5))
         assert not clearing.take_answer(TaskManagementResponse(itt=77, response=0))  # somebody else's
     assert answers == {LUN_1: 5, LUN_0: None}
-    assert trio.current_time() == ABORT_LIMIT
+    assert trio.current_time() == BARRIER_LIMIT
     assert not clearing.take_answer(TaskManagementResponse(itt=tags[LUN_0], response=0))  # too late
 
 

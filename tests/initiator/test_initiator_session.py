@@ -395,6 +395,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_session_a_silent_target_is_found_out_in_about_ten_seconds() -> None:
     assert liveness.PING_AFTER + liveness.PING_LIMIT <= 10
+    # Who hears nothing while it waits for a barrier finds the session lost, not the question unanswered.
+    assert clearing.BARRIER_LIMIT > liveness.PING_AFTER + liveness.PING_LIMIT + 2
     assert clearing.ABORT_LIMIT + farewell.LOGOUT_LIMIT < 30
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 import pytest
 from reliability_kit import BLOCK, RECOVERY, Bench, bench, config_of, pattern
 
-from iscsifuse.initiator import clearing
+from iscsifuse.initiator import clearing, liveness, session
 from iscsifuse.initiator.settings import Portal
 from iscsifuse.initiator.transport import Transport
 from iscsifuse.iscsi.pdu import Opcode, Pdu
 from iscsifuse.iscsi.request import ScsiCommand
 from iscsifuse.iscsi.response import Reject, RejectReason, TaskManagementResponse, TaskResponse
-from iscsifuse.testing.actions import Action, Call, Change, Drop, End, Step
+from iscsifuse.testing.actions import Action, Call, Change, Drop, End, Stall, Step
 from iscsifuse.testing.disk import Disk
 from iscsifuse.testing.script import IN, OUT, Rule, all_of, is_a
 from iscsifuse.testing.script import cdb as has_cdb
@@ -152,7 +152,7 @@ def _unsupported(pdu: Pdu) -> Pdu:
 async def test_a_target_that_does_not_know_the_second_barrier_has_had_the_first(
     action: Action, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clearing, "ABORT_LIMIT", 0.1)
+    monkeypatch.setattr(clearing, "BARRIER_LIMIT", 0.1)
     answer = Rule(OUT, action, is_a(Opcode.TASK_MANAGEMENT_RESPONSE), times=0)
     disk, zombie, rules = zombie_target(land_at="login", more=[answer])
     await run(disk, rules)
@@ -164,7 +164,7 @@ async def test_a_target_that_does_not_know_the_second_barrier_has_had_the_first(
 async def test_a_target_that_can_not_take_the_question_is_asked_once(
     action: Action, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clearing, "ABORT_LIMIT", 0.1)
+    monkeypatch.setattr(clearing, "BARRIER_LIMIT", 0.1)
     disk = Disk(blocks=64)
     config = config_of(disk)
     config.script.add(Rule(IN, Cutting(), WRITE, name="cut"))
@@ -194,6 +194,28 @@ async def test_a_loss_behind_the_first_barrier_is_followed_by_both() -> None:
     ]
     await run(disk, rules)
     assert zombie.landed == ["third"]
+    assert disk.contents(lba=PLACE, blocks=1) == pattern(2)
+
+
+async def test_a_line_that_falls_silent_behind_the_first_barrier_is_followed_by_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No answer on a line that is dead says nothing about the target: it is asked again, and from then on."""
+    monkeypatch.setattr(liveness, "PING_AFTER", 0.2)
+    monkeypatch.setattr(liveness, "PING_LIMIT", 0.2)
+    monkeypatch.setattr(session, "_TICK", 0.05)
+    monkeypatch.setattr(clearing, "BARRIER_LIMIT", 1.5)
+    disk = Disk(blocks=64)
+    zombie = Zombie(disk)
+    asked = is_a(Opcode.TASK_MANAGEMENT_REQUEST)
+    rules = [
+        Rule(IN, zombie, WRITE),
+        Rule(IN, Stall(), asked),
+        Rule(IN, zombie.land("second"), asked, nth=2),
+        Rule(IN, zombie.land("the end"), SYNCHRONIZE),
+    ]
+    await run(disk, rules)
+    assert zombie.landed == ["second"]
     assert disk.contents(lba=PLACE, blocks=1) == pattern(2)
 
 
