@@ -19,6 +19,8 @@ __all__ = ["ASK_AGAIN_AFTER", "Guard", "Guards"]
 ASK_AGAIN_AFTER = 5.0
 """Seconds until a guard that couldn't prove its disk is asked again; at first less."""
 FIRST_ASK_AGAIN = 0.25
+MOST_ROUNDS = 10
+"""How often all are asked about one session, while the target has news, before that session is given up."""
 
 Guard = Callable[[Session], Awaitable[bool]]
 
@@ -34,6 +36,7 @@ class Guards:
         self._guards: list[Guard] = []
         self._unsettled: list[Guard] = []  # on the session that was proved last
         self._nursery: trio.Nursery | None = None  # while the nexus lives
+        self._news = 0  # of what all disks have to prove themselves for
 
     def start(self, nursery: trio.Nursery) -> None:
         """Where guards are asked from now on."""
@@ -47,8 +50,14 @@ class Guards:
         """One more."""
         self._guards.append(guard)
 
+    def note_news(self) -> None:
+        """Something was told about all disks: who was asked about a session that isn't in use yet, is once more."""
+        self._news += 1
+
     async def prove(self, session: Session) -> None:
         """Ask all of them, side by side, about a session that isn't in use yet; those that are added meanwhile, too.
+
+        Once more, if there was news meanwhile; a disk that proved itself before that may be another one now.
 
         Raises:
             SessionLostError: it ended meanwhile.
@@ -59,13 +68,19 @@ class Guards:
             if not await guard(session):
                 unsettled.append(guard)
 
-        asked = 0
-        while asked < len(self._guards):
-            some, asked = self._guards[asked:], len(self._guards)
-            with plain_errors():
-                async with trio.open_nursery() as nursery:
-                    for guard in some:
-                        nursery.start_soon(ask, guard)
+        for _ in range(MOST_ROUNDS):
+            asked, news = 0, self._news
+            unsettled.clear()
+            while asked < len(self._guards):
+                some, asked = self._guards[asked:], len(self._guards)
+                with plain_errors():
+                    async with trio.open_nursery() as nursery:
+                        for guard in some:
+                            nursery.start_soon(ask, guard)
+            if news == self._news:
+                break
+        else:
+            raise SessionLostError("the target changes its list of units all the time")
         self._unsettled = unsettled
 
     def go_on(self, session: Session) -> None:

@@ -8,8 +8,9 @@ designators, its serial number, its block length or its capacity differ, another
 command fails from then on, and stays failed, since a write to the wrong disk can't be taken back. A unit that can't
 be examined yet is waited for like a session (``reconnect_timeout``), then its commands fail until it proves itself.
 The nexus holds the commands back (`Nexus.bar`), also those that wait in it to be replayed. Who it is is asked too
-when the target says that the list of units or the medium changed; a unit that isn't there any more then fails at
-once, until it is back.
+when the target says that the list of units (to whichever of them: `Nexus.doubt_all`), the medium or the unit changed;
+a unit that isn't there any more then fails at once, until it is back. The bar is there when such a status arrives:
+what is sent a moment later would already be too late. What is told while the unit is examined has it examined anew.
 
 **Capacity.** A disk may grow or shrink while it is mounted; the target says so (UNIT ATTENTION 2Ah/09h), the capacity
 is read again, and ``on_change`` is called. Who does nothing hears nothing, so `look` asks now and then.
@@ -49,7 +50,7 @@ from iscsifuse.initiator.depth import QueueDepth
 from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.identity import VitalProductData, examine_identity
 from iscsifuse.initiator.inventory import LunDescription, examine_capacity
-from iscsifuse.initiator.nexus import Nexus, Started
+from iscsifuse.initiator.nexus import Nexus, NexusState, Started
 from iscsifuse.initiator.policy import Change, judge
 from iscsifuse.initiator.session import Session
 from iscsifuse.iscsi.tasks import Task
@@ -67,6 +68,8 @@ LEAST_BURST = 128 << 10
 """Bytes in a write, where the target's bursts are so short that one command for each would be worse."""
 PROOF_PATIENCE = 2.0
 """Seconds that a unit has to become ready after a new login: other disks wait for it. It is asked again later."""
+_MOST_LOOKS = 10
+"""How often a unit is examined anew because it told of changes meanwhile, before it is let alone for a while."""
 _INVALID_OPCODE = 0x20
 _NOT_SUPPORTED = 0x25
 _GOOD = 0x00
@@ -109,17 +112,18 @@ class LogicalUnit:
         self._identity = description.identity
         self._is_another = False
         self._unproven = ""  # why it can't be told whether it is
-        self._proofs = 0  # of those that news asked for, how many have begun
         self._proof: trio.Event | None = None  # the end of the one that is under way
         self._examining = False  # held back until a proof tells more
         self._deferred: WriteBackError | None = None
         self._max_blocks = self._largest_transfer()
         self._has_volatile_cache = description.caching is None or description.caching.wce
+        self._doubted = False  # since the examination that is under way began to look
         self._refreshing = False
-        self._capacity_is_old = False
+        self._capacity_news = 0  # how often a new capacity was announced
+        self._capacity_read = 0  # ... when it was read for the last time
         self._queue = QueueDepth(nexus, label=self.label, patience=nexus.settings.timeout)
         self._commander = self._make_commander(self._queue)
-        nexus.watch(self._address, self._note_trouble)
+        nexus.watch(self._address, self._note_trouble, doubt=self._doubt)
         nexus.add_guard(self._prove)
         if nexus.reconnects != description.seen_in:
             self._begin_proof(may_resize=False)  # the session in use began before there was a guard
@@ -260,9 +264,9 @@ class LogicalUnit:
         except CommandError as error:
             if error.sense_key != SenseKey.ILLEGAL_REQUEST or error.asc != _INVALID_OPCODE:
                 raise
-            if self.description.caching is not None:
+            if self.description.caching is not None and self.description.caching.wce:
                 raise  # it says that it has a volatile cache, and can't flush it
-            log.info("%s has no SYNCHRONIZE CACHE and doesn't tell of a cache: taken for write-through", self.label)
+            log.info("%s has no SYNCHRONIZE CACHE and tells of no cache: taken for write-through", self.label)
             self._has_volatile_cache = False
 
     async def _carry_on(
@@ -309,8 +313,17 @@ class LogicalUnit:
         )
 
     def _note_trouble(self, task: Task) -> None:
-        """A status that isn't GOOD has just arrived: does it say that something is lost?"""
+        """A status that isn't GOOD has just arrived: does it say that something is lost, or another disk there?"""
         change = judge(task.status, task.sense, what="").change
+        if change & Change.CAPACITY:
+            self._capacity_news += 1
+            self._doubted = True
+        if change & Change.MODE:
+            self._has_volatile_cache = True  # For all we know. A flush that isn't needed costs little.
+        if change & Change.INVENTORY:
+            self._nexus.doubt_all()
+        elif change & (Change.MEDIUM | Change.ABSENT):
+            self._doubt()
         if change & Change.DEFERRED:
             sentence = f"{self.label}: the target failed a write after it had accepted it"
             log.error("%s", sentence)
@@ -324,46 +337,41 @@ class LogicalUnit:
                 log.info("%s was reset: what it was given since its last flush is written again", self.label)
             self.on_loss()
 
+    def _doubt(self) -> None:
+        """From now on it may be another disk that answers: nothing is sent to it before that is known."""
+        self._doubted = True
+        if self._nexus.state is not NexusState.LOGGED_IN:
+            return  # the guards look at the next session before any command
+        if self._proof is None and not self._is_another and not self._unproven:
+            self._begin_proof(may_resize=True)
+
     async def _on_change(self, change: Change) -> None:
-        """The target reported something while a command was tried. For RESET and DEFERRED see `_note_trouble`."""
-        if change & (Change.MEDIUM | Change.INVENTORY):
-            await self._prove_anew()
-        if change & Change.INVENTORY and self.on_inventory is not None:
+        """The target reported something while a command was tried; for what mustn't wait see `_note_trouble`."""
+        if change & (Change.MEDIUM | Change.INVENTORY | Change.ABSENT):
+            while self._proof is not None:  # Else it is held back, or has been examined since.
+                await self._proof.wait()
+        if change & (Change.INVENTORY | Change.ABSENT) and self.on_inventory is not None:
             self.on_inventory()
         if change & Change.MEDIUM and self.on_change is not None:
             self.on_change()
-        if change & Change.CAPACITY:
-            self._capacity_is_old = True
-            if not self._refreshing:
-                # Invariant: _refreshing is set before the first await, so commands that meet the same news don't
-                # pile up; what they say while it is being read is not lost.
-                self._refreshing = True
-                try:
-                    while self._capacity_is_old:
-                        self._capacity_is_old = False
-                        await self._refresh_capacity()
-                finally:
-                    self._refreshing = False
+        if change & Change.CAPACITY and not self._refreshing:
+            # Invariant: _refreshing is set before the first await, so commands that meet the same news don't
+            # pile up; what they say while it is being read is not lost.
+            self._refreshing = True
+            try:
+                while self._capacity_is_old and await self._refresh_capacity():
+                    pass
+            finally:
+                self._refreshing = False
 
-    async def _prove_anew(self) -> None:
-        """Who is it that answers now? Nothing is sent to it until that is known, or it is known that it can't be.
-
-        Many commands may meet the same news: a proof that begins after one has heard of it is good enough for it.
-        """
-        wanted = self._proofs + 1
-        while self._proofs < wanted or self._proof is not None:
-            if self._proof is not None:
-                await self._proof.wait()
-                continue
-            if self._is_another or self._unproven:
-                return  # it is held back anyway
-            # Invariant: nothing is awaited between the look at _proof and here.
-            self._begin_proof(may_resize=True)
+    @property
+    def _capacity_is_old(self) -> bool:
+        """Whether another capacity was announced than is known. Stays so where it couldn't be read."""
+        return self._capacity_read != self._capacity_news
 
     def _begin_proof(self, *, may_resize: bool) -> None:
         """In its own task: whoever wants it may be cancelled, and others wait for its end."""
         proof = self._proof = trio.Event()
-        self._proofs += 1
         self._examining = True
         why = SessionLostError(f"{self.label} is being examined")
         self._nexus.bar(self.description.address, why, until=math.inf)
@@ -375,14 +383,18 @@ class LogicalUnit:
         self._proof = None
         proof.set()
 
-    async def _refresh_capacity(self) -> None:
+    async def _refresh_capacity(self) -> bool:
+        """Read it; whether that worked."""
+        news = self._capacity_news
         commander = self._make_commander(self._nexus, notice=False)
         try:
             capacity = await examine_capacity(commander, version=self.description.inquiry.version)
         except (CommandError, ParameterDataError, TransferError, DigestError) as error:
             log.warning("%s: its new capacity can't be read: %s", self.label, error)
-            return
+            return False
+        self._capacity_read = news
         self._resize(capacity)
+        return True
 
     def _resize(self, capacity: Capacity) -> None:
         if capacity.block_length != self.block_length:
@@ -410,6 +422,7 @@ class LogicalUnit:
         Args:
             session: where to ask.
             may_resize: whether another capacity is just that: the mount has seen no gap in which more could change.
+                Also where the target had announced one.
 
         Returns:
             Whether that is settled now.
@@ -419,9 +432,16 @@ class LogicalUnit:
         wait = not may_resize
         commander = self._make_commander(session, notice=False, limit=PROOF_PATIENCE if wait else None)
         try:
-            await commander.run(cdbs.test_unit_ready())
-            identity = await examine_identity(VitalProductData(commander))
-            capacity = await examine_capacity(commander, version=self.description.inquiry.version)
+            for _ in range(_MOST_LOOKS):
+                await commander.run(cdbs.test_unit_ready())  # It tells what it has to tell.
+                self._doubted = False
+                news = self._capacity_news
+                identity = await examine_identity(VitalProductData(commander))
+                capacity = await examine_capacity(commander, version=self.description.inquiry.version)
+                if not self._doubted:
+                    break
+            else:
+                return self._cant_tell(f"{self.label} can't be examined: it changes all the time", wait=wait)
         except SessionLostError:
             raise
         except IscsifuseError as error:
@@ -433,8 +453,10 @@ class LogicalUnit:
         if not self._identity.agrees_with(identity):
             self._fail(f"another disk answers where {self.label} was: its identity is not the one that was mounted")
         elif (capacity.block_length, capacity.blocks) == (self.block_length, self.block_count):
+            self._capacity_read = news
             self._unbar()
-        elif may_resize:
+        elif may_resize or self._capacity_is_old:
+            self._capacity_read = news
             self._unbar()
             self._resize(capacity)
         else:

@@ -99,6 +99,7 @@ class Nexus:
         self._isid = isid
         self._patience = settings.reconnect_timeout if settings.reconnect_timeout >= 0 else math.inf
         self._watchers: dict[bytes, Watcher] = {}
+        self._doubters: list[Callable[[], None]] = []
         self._guards = Guards()
         self._bars = Bars()
         self._barred = self._bars.barred  # in one step, for every command
@@ -122,13 +123,29 @@ class Nexus:
         """What the current (or last) login agreed on."""
         return self._session.connection.parameters
 
-    def watch(self, lun: bytes, watcher: Watcher) -> None:
-        """Have a plain function called for each command of a logical unit whose status isn't GOOD, as it arrives.
+    def watch(self, lun: bytes, watcher: Watcher, *, doubt: Callable[[], None]) -> None:
+        """Have plain functions called for a logical unit.
 
-        Whoever waits for these commands, or for others that ended with them, goes on later, and in any order. So this
-        is for what they must not overtake: that the disk has lost something.
+        Whoever waits for a command, or for others that ended with it, goes on later, and in any order. So this
+        is for what they must not overtake: that the disk has lost something, or may be another one.
+
+        Args:
+            lun: 8 bytes.
+            watcher: called for each command of the unit whose status isn't GOOD, as it arrives.
+            doubt: called by `doubt_all`.
         """
         self._watchers[lun] = watcher
+        self._doubters.append(doubt)
+
+    def doubt_all(self) -> None:
+        """The list of units has changed: which of them are still those that they were isn't known.
+
+        For a watcher. The target tells one of the units, and then no other any more, once it has been asked for its
+        list (SPC-4 §6.33); so all of them have to be held back before anything is sent.
+        """
+        self._guards.note_news()
+        for doubt in self._doubters:
+            doubt()
 
     def _open_session(self, login: LoggedIn) -> Session:
         session = Session(login, self.settings, self.statistics)

@@ -47,11 +47,15 @@ class Change(Flag):
     RESET = auto()
     """29h: power on, reset, or nexus loss: volatile state may be gone."""
     MEDIUM = auto()
-    """28h: another medium may be there."""
+    """28h: another medium may be there; 3Fh/03h, 3Fh/05h: the unit may be another one."""
+    MODE = auto()
+    """2Ah/01h: it may have a volatile cache now."""
     CAPACITY = auto()
     """2Ah/09h."""
     INVENTORY = auto()
-    """3Fh/0Eh, 25h: the list of LUNs changed, or doesn't have this one any more."""
+    """3Fh/0Eh: the list of LUNs changed. That is about all units, whichever tells it."""
+    ABSENT = auto()
+    """25h: the list doesn't have this one any more."""
     DEFERRED = auto()
     """71h, 73h: an earlier command failed after its status was given."""
 
@@ -79,6 +83,13 @@ _ACCEPT = Verdict(Action.ACCEPT)
 _MANY = 1_000_000  # the deadline bounds it
 
 _ATTENTION = {0x28: Change.MEDIUM, 0x29: Change.RESET}
+_ATTENTION_IN_FULL = {
+    (0x2A, 0x01): Change.MODE,  # MODE PARAMETERS CHANGED
+    (0x2A, 0x09): Change.CAPACITY,
+    (0x3F, 0x03): Change.MEDIUM,  # INQUIRY DATA HAS CHANGED
+    (0x3F, 0x05): Change.MEDIUM,  # DEVICE IDENTIFIER CHANGED
+    (0x3F, 0x0E): Change.INVENTORY,  # REPORTED LUNS DATA HAS CHANGED
+}
 # NOT READY, 04h: becoming ready; format, rebuild, recalculation, operation, long write, self-test in progress;
 # target port in transition; power condition changes.
 _NOT_READY_YET = frozenset({0x01, 0x04, 0x05, 0x06, 0x07, 0x08, 0x09, 0x0A, 0x14, 0x1A, 0x1B, 0x1C, 0x1D})
@@ -126,15 +137,12 @@ def _judge_sense(sense_data: bytes, *, what: str) -> Verdict:
             return _ACCEPT
         case SenseKey.UNIT_ATTENTION:
             change = _ATTENTION.get(asc, Change.NONE)
-            if (asc, ascq) == (0x2A, 0x09):
-                change = Change.CAPACITY
-            elif (asc, ascq) == (0x3F, 0x0E):
-                change = Change.INVENTORY
+            change = _ATTENTION_IN_FULL.get((asc, ascq), change)
             return Verdict(Action.RETRY, retries=10, error=_error(CommandError, sense, what), change=change)
         case SenseKey.ILLEGAL_REQUEST if asc == 0x25:
             # LOGICAL UNIT NOT SUPPORTED: nobody is there to tell a unit attention. Once more, after a look at who is.
             error = _error(CommandError, sense, what)
-            return Verdict(Action.RETRY, retries=1, error=error, change=Change.INVENTORY)
+            return Verdict(Action.RETRY, retries=1, error=error, change=Change.ABSENT)
         case SenseKey.NOT_READY:
             return _judge_not_ready(sense, what)
         case SenseKey.MEDIUM_ERROR:

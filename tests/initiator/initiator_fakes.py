@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from iscsifuse.errors import SessionLostError
-from iscsifuse.initiator.nexus import Nexus
+from iscsifuse.initiator.nexus import Nexus, NexusState
 from iscsifuse.initiator.settings import SessionSettings
 from iscsifuse.iscsi.tasks import Task
 from iscsifuse.scsi import lun as luns
@@ -86,6 +86,7 @@ class FakeExecutor:
     Attributes:
         cdbs: what was asked, in order.
         times: when.
+        before: called with each CDB.
     """
 
     def __init__(self, answers: Iterable[Answer] | Callable[[bytes, bytes], Answer]) -> None:
@@ -94,6 +95,7 @@ class FakeExecutor:
         self.cdbs: list[bytes] = []
         self.times: list[float] = []
         self.seconds = 0.0
+        self.before: Callable[[bytes], object] = lambda _: None
         self.watchers: dict[bytes, Callable[[Task], None]] = {}
 
     def _next(self, lun: bytes, cdb: bytes) -> Answer:
@@ -117,6 +119,7 @@ class FakeExecutor:
         self.cdbs.append(bytes(cdb))
         self.times.append(task.started)
         await trio.sleep(self.seconds)
+        self.before(cdb)
         answer = self._next(lun, cdb)
         if isinstance(answer, Exception):
             raise answer
@@ -152,6 +155,8 @@ class FakeNexus(FakeExecutor):
         self.reconnects = 0
         self.guards: list[Callable[[Any], Awaitable[bool]]] = []
         self.barred: dict[bytes, Exception] = {}
+        self.doubters: list[Callable[[], None]] = []
+        self.state = NexusState.LOGGED_IN
 
     @property
     def session(self) -> "FakeNexus":
@@ -163,8 +168,13 @@ class FakeNexus(FakeExecutor):
     def start(self, cdb: bytes, *, lun: bytes, **buffers: object) -> None:
         """Nothing is started beforehand: everything goes the general way, by `execute`."""
 
-    def watch(self, lun: bytes, watcher: Callable[[Task], None]) -> None:
+    def watch(self, lun: bytes, watcher: Callable[[Task], None], *, doubt: Callable[[], None]) -> None:
         self.watchers[lun] = watcher
+        self.doubters.append(doubt)
+
+    def doubt_all(self) -> None:
+        for doubt in self.doubters:
+            doubt()
 
     def add_guard(self, guard: Callable[[Any], Awaitable[bool]]) -> None:
         self.guards.append(guard)

@@ -36,6 +36,7 @@ from iscsifuse.initiator.logical_unit import MAX_TRANSFER, LogicalUnit
 from iscsifuse.initiator.nexus import Nexus, NexusState, open_nexus
 from iscsifuse.initiator.settings import SessionSettings
 from iscsifuse.iscsi.pdu import Opcode
+from iscsifuse.iscsi.tasks import Task
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi import lun as luns
 from iscsifuse.scsi.capacity import Capacity
@@ -687,6 +688,114 @@ async def test_logical_unit_another_one_under_the_same_number() -> None:
 
 
 @pytest.mark.conformance(107)
+@pytest.mark.expect_log("another disk answers")
+@pytest.mark.parametrize(
+    "told",
+    [
+        [(0x28, 0x00)],
+        [(0x3F, 0x03)],
+        [(0x3F, 0x05)],
+        [(0x2A, 0x09), (0x3F, 0x0E)],  # the new capacity isn't that of the disk that was mounted
+        [(0x3F, 0x0E), (0x2A, 0x09)],
+    ],
+)
+async def test_logical_unit_another_one_is_told_in_many_ways(told: list[tuple[int, int]]) -> None:
+    disk, other = _disk(), _disk(serial="OTHER")
+    other.resize(BLOCKS * 2)
+    before = other.contents()
+    other.attentions.clear()
+    async with _open(config_of(disk)) as (target, _, unit):
+        await _read(unit, 0, 1)
+        target.engine().disks[0] = other
+        disk.attentions.clear()
+        other.attentions.extend([*disk.attentions, *told])
+        with pytest.raises(IdentityError):
+            await unit.write(memoryview(b"!" * 512), lba=0)
+        assert other.contents() == before
+
+
+@pytest.mark.conformance(107)
+@pytest.mark.expect_log("another disk answers where LUN 1")
+async def test_logical_unit_news_of_the_list_are_for_all_units() -> None:
+    """The target tells one of them only: the others are held back before anything else is sent."""
+    disks = [_disk(), _disk(serial="SECOND", lun=1)]
+    async with serving(config_of(*disks)) as target:
+        with trio.fail_after(20):
+            async with open_nexus(DEFAULT_TARGET_NAME, [portal_of(target)], settings_of()) as nexus:
+                first, second = [LogicalUnit(nexus, description) for description in await scan(nexus)]
+                other = _disk(serial="OTHER", lun=1)
+                target.engine().disks[1] = other
+                disks[0].attentions.append((0x3F, 0x0E))
+                assert await _read(first, 0, 1) == pattern(512)
+                with pytest.raises(IdentityError):
+                    await second.write(memoryview(b"!" * 512), lba=0)
+                assert other.contents() == pattern(BLOCKS * 512)
+
+
+@pytest.mark.conformance(107)
+@jumping
+async def test_logical_unit_is_held_back_when_the_news_arrive() -> None:
+    """Not when those go on who wait for the command that told: others may send before them."""
+    unit, nexus = await _fake(FakeUnit())
+    task = Task(b"", lun=unit.description.address)
+    for change in (Reply.check(K.UNIT_ATTENTION, 0x3F, 0x0E), Reply.check(K.UNIT_ATTENTION, 0x28), illegal(0x25)):
+        task.status, task.sense = 2, change.sense
+        nexus.watchers[task.lun](task)
+        assert list(nexus.barred) == [task.lun]
+        await trio.sleep(1)
+        assert not nexus.barred
+
+
+@pytest.mark.conformance(100)
+@pytest.mark.expect_log(RECOVERY)
+async def test_logical_unit_a_capacity_that_was_announced_may_come_back() -> None:
+    """The session is lost before it is read: that is no other disk."""
+    disk = _disk()
+    config = config_of(disk, login_attention=LoginAttention.NONE)
+    async with _open(config) as (_, nexus, unit):
+        config.script.add(Rule(IN, match=has_cdb(0x25, 0x9E), action=Close()))
+        disk.resize(BLOCKS * 2)
+        assert await _read(unit, 0, 1) == pattern(512)
+        assert nexus.reconnects == 1
+        assert unit.block_count == BLOCKS * 2
+        await _read(unit, BLOCKS * 2 - 1, 1)
+
+
+@pytest.mark.expect_log("taken for write-through")
+@pytest.mark.parametrize("knows", [True, False])
+@jumping
+async def test_logical_unit_other_mode_parameters_may_mean_a_cache(knows: bool) -> None:
+    """A cache that was switched on while it was mounted is flushed from then on."""
+    fake = FakeUnit(mode6_08=Reply(mode(wce=False).encode_6()))
+    unit, _ = await _fake(fake)
+    await unit.flush()
+    assert fake.asked == []
+    changed = Reply.check(K.UNIT_ATTENTION, 0x2A, 0x01)
+    fake.change(read=[changed, Reply(bytes(512))], sync=Reply() if knows else illegal())
+    await _read(unit, 0, 1)
+    assert unit.volatile
+    await unit.flush()
+    assert fake.asked.count("sync") == 1
+    assert unit.volatile == knows
+
+
+@pytest.mark.conformance(107)
+@pytest.mark.expect_log("changes all the time|is there again")
+@jumping
+async def test_logical_unit_one_that_changes_all_the_time_is_held_back() -> None:
+    changed = Reply.check(K.UNIT_ATTENTION, 0x3F, 0x0E)
+    fake = FakeUnit()
+    unit, nexus = await _fake(fake)
+    fake.change(read=[changed, Reply(bytes(512))])
+    nexus.before = lambda cdb: nexus.doubt_all() if cdb[0] == cdbs.Opcode.INQUIRY else None
+    await _read(unit, 0, 1)  # the fake lets it through; a nexus wouldn't
+    assert isinstance(nexus.barred[unit.description.address], SessionLostError)
+    nexus.before = lambda _: None
+    assert await nexus.guards[0](nexus)
+    assert not nexus.barred
+
+
+@pytest.mark.conformance(107)
 async def test_logical_unit_another_list_with_the_same_disk_in_it() -> None:
     disk = _disk()
     async with _open(config_of(disk)) as (target, _, unit):
@@ -708,7 +817,7 @@ async def test_logical_unit_news_that_come_while_it_is_examined_have_it_examined
     nexus.seconds = 0.2
 
     async def later() -> None:
-        await trio.sleep(0.1)
+        await trio.sleep(0.3)  # its answer comes when the unit has begun to say who it is
         await _read(unit, 0, 1)
 
     async with trio.open_nursery() as nursery:

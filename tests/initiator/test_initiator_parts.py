@@ -12,7 +12,7 @@ from iscsifuse.errors import IdentityError, SessionLostError
 from iscsifuse.initiator.bars import Bars
 from iscsifuse.initiator.clearing import BARRIER_LIMIT, Clearing
 from iscsifuse.initiator.farewell import LOGOUT_LIMIT, Farewell
-from iscsifuse.initiator.guards import ASK_AGAIN_AFTER, Guards
+from iscsifuse.initiator.guards import ASK_AGAIN_AFTER, MOST_ROUNDS, Guards
 from iscsifuse.initiator.liveness import PING_AFTER, PING_LIMIT, Liveness
 from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.settings import Portal
@@ -233,6 +233,45 @@ async def test_parts_a_guard_that_comes_while_others_look_is_asked_too() -> None
     guards.add(slow)
     await guards.prove(session)
     assert late == [1]
+
+
+@jumping
+async def test_parts_all_guards_are_asked_again_after_news_about_all() -> None:
+    """Who was proved before the news came may be somebody else since."""
+    session = cast("Session", SimpleNamespace(error=None))
+    guards = Guards()
+    first: list[float] = []
+    second: list[float] = []
+    guards.add(_guard(False, True, calls=first))
+
+    async def tells(_: Session) -> bool:
+        second.append(trio.current_time())
+        await trio.sleep(1)
+        if len(second) == 1:
+            guards.note_news()
+        return True
+
+    guards.add(tells)
+    async with trio.open_nursery() as nursery:
+        guards.start(nursery)
+        await guards.prove(session)
+        guards.go_on(session)  # all is settled
+    assert (first, second) == ([0, 1], [0, 1])
+
+
+@jumping
+async def test_parts_a_session_with_news_all_the_time_is_given_up() -> None:
+    guards = Guards()
+
+    async def tells(_: Session) -> bool:
+        await trio.sleep(1)
+        guards.note_news()
+        return True
+
+    guards.add(tells)
+    with pytest.raises(SessionLostError, match="all the time"):
+        await guards.prove(cast("Session", SimpleNamespace(error=None)))
+    assert trio.current_time() == MOST_ROUNDS
 
 
 @jumping

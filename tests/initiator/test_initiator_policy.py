@@ -58,12 +58,14 @@ CASES = [
     ],
     _check(106, K.UNIT_ATTENTION, 0x47, 0x7F, RETRY, CAPPED),
     _check(106, K.UNIT_ATTENTION, 0x2F, 0x00, RETRY, CAPPED),
-    _check(106, K.UNIT_ATTENTION, 0x2A, 0x01, RETRY, CAPPED),
+    _check(106, K.UNIT_ATTENTION, 0x2A, 0x01, RETRY, CAPPED, change=Change.MODE),
     # 107: what changed
     _check(107, K.UNIT_ATTENTION, 0x2A, 0x09, RETRY, CAPPED, change=Change.CAPACITY),
     _check(107, K.UNIT_ATTENTION, 0x2A, 0x09, RETRY, CAPPED, change=Change.CAPACITY, code=0x72),
     _check(107, K.UNIT_ATTENTION, 0x3F, 0x0E, RETRY, CAPPED, change=Change.INVENTORY),
     _check(107, K.UNIT_ATTENTION, 0x28, 0x00, RETRY, CAPPED, change=Change.MEDIUM),
+    _check(107, K.UNIT_ATTENTION, 0x3F, 0x03, RETRY, CAPPED, change=Change.MEDIUM),
+    _check(107, K.UNIT_ATTENTION, 0x3F, 0x05, RETRY, CAPPED, change=Change.MEDIUM),
     # 108: not ready
     *[
         _check(108, K.NOT_READY, 0x04, ascq, RETRY, FOR_LONG)

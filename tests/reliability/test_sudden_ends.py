@@ -160,6 +160,29 @@ def test_a_disk_that_was_swapped_while_nobody_looked_gets_no_byte(tgt_server: Tg
     assert mine.read_bytes()[:4096] == b"mine" * 1024
 
 
+@pytest.mark.conformance(107)
+def test_another_disk_that_only_another_lun_tells_of_gets_nothing(tgt_server: TgtServer, tmp_path: Path) -> None:
+    """tgtd tells the units that were there before; the new one says nothing, nor any other once it was asked."""
+    disks = [random_file(tmp_path / f"disk-{number}", 8 * MIB, seed=number) for number in (1, 2)]
+    other = random_file(tmp_path / "other", 8 * MIB, seed=3)
+    before = sha256(other)
+    tgt_server.add_target(ONE)
+    for number, disk in enumerate(disks, 1):
+        tgt_server.add_lun(ONE, number, disk, serial=f"DISK-{number}")
+    with Mounted(tgt_server.url(ONE), tmp_path / "m", "--rw", "-o", "direct_io") as mounted:
+        with mounted.lun(1).open("rb", buffering=0) as first, mounted.lun(2).open("r+b", buffering=0) as second:
+            assert second.read(4096) == disks[1].read_bytes()[:4096]
+            tgt_server.delete_lun(ONE, 2)
+            tgt_server.add_lun(ONE, 2, other, serial="OTHER")
+            assert os.pread(first.fileno(), 4096, 0) == disks[0].read_bytes()[:4096]
+            with pytest.raises(OSError, match="Input/output"):
+                os.pwrite(second.fileno(), b"lost" * 1024, 0)
+            with pytest.raises(OSError, match="Input/output"):
+                os.pread(second.fileno(), 4096, 0)
+        assert run_cli("umount", mounted.point).returncode == 32
+    assert sha256(other) == before
+
+
 # --- while the target is dead ---
 
 
