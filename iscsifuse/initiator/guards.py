@@ -2,16 +2,16 @@
 
 A guard is a coroutine that may use the session it is given, and must not raise but SessionLostError. It bars and
 unbars its disk (`Nexus.bar`), and returns whether that is settled. If not, it is asked again after a while: a slow
-disk holds up no other, and targets often let in before all of their disks are there.
+disk holds up no other, and targets often let in before all of their disks are there. Nor does one that doesn't answer
+at all: its guard bars it first of all, and goes on when the others are in use.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 
 import trio
 
 from iscsifuse.errors import SessionLostError
-from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.session import Session
 
 __all__ = ["ASK_AGAIN_AFTER", "Guard", "Guards"]
@@ -19,6 +19,8 @@ __all__ = ["ASK_AGAIN_AFTER", "Guard", "Guards"]
 ASK_AGAIN_AFTER = 5.0
 """Seconds until a guard that couldn't prove its disk is asked again; at first less."""
 FIRST_ASK_AGAIN = 0.25
+MOST_WAIT = 3.0
+"""Seconds that all disks wait after a login for those that don't answer."""
 MOST_ROUNDS = 10
 """How often all are asked about one session, while the target has news, before that session is given up."""
 
@@ -63,25 +65,64 @@ class Guards:
             SessionLostError: it ended meanwhile.
         """
         unsettled: list[Guard] = []
-
-        async def ask(guard: Guard) -> None:
-            if not await guard(session):
-                unsettled.append(guard)
-
+        late: set[Guard] = set()
         for _ in range(MOST_ROUNDS):
             asked, news = 0, self._news
             unsettled.clear()
             while asked < len(self._guards):
                 some, asked = self._guards[asked:], len(self._guards)
-                with plain_errors():
-                    async with trio.open_nursery() as nursery:
-                        for guard in some:
-                            nursery.start_soon(ask, guard)
+                late |= await self._ask([guard for guard in some if guard not in late], session, unsettled)
             if news == self._news:
                 break
         else:
             raise SessionLostError("the target changes its list of units all the time")
         self._unsettled = unsettled
+
+    async def _ask(self, guards: Collection[Guard], session: Session, unsettled: list[Guard]) -> set[Guard]:
+        """Ask some, for as long as the others may wait for them; those that aren't done by then go on by themselves.
+
+        Args:
+            guards: whom to ask.
+            session: about which.
+            unsettled: gets those that couldn't settle things, of those that are done.
+
+        Returns:
+            Those that go on.
+        """
+        left = set(guards)
+        lost: list[SessionLostError] = []
+        done = trio.Event()
+        over = False
+
+        async def ask(guard: Guard) -> None:
+            settled = False
+            with suppress(SessionLostError):
+                try:
+                    settled = await guard(session)
+                except SessionLostError as error:
+                    lost.append(error)
+                    settled = True  # the guards look at the next one anyway
+                    raise
+                finally:
+                    left.discard(guard)
+                    if lost or not left:
+                        done.set()
+            if not settled and over:
+                await self._ask_again(guard, session)
+            elif not settled:
+                unsettled.append(guard)
+
+        if self._nursery is None:
+            raise SessionLostError("the nexus is at its end")
+        for guard in guards:
+            self._nursery.start_soon(ask, guard)
+        if left:
+            with trio.move_on_after(MOST_WAIT):
+                await done.wait()
+        over = True
+        if lost:
+            raise lost[0]
+        return left
 
     def go_on(self, session: Session) -> None:
         """The session that was proved is in use now: ask those again that couldn't settle things."""

@@ -49,6 +49,7 @@ from iscsifuse.testing.config import LoginAttention, TargetConfig
 from iscsifuse.testing.disk import Disk
 from iscsifuse.testing.script import IN, OUT, Rule, all_of, is_a
 from iscsifuse.testing.script import cdb as has_cdb
+from iscsifuse.testing.script import lun as has_lun
 from iscsifuse.testing.target import LoopbackTarget
 
 RECOVERY = "session lost|logged in again|can't log in again"
@@ -597,7 +598,33 @@ async def test_logical_unit_proof_on_a_session_that_dies() -> None:
     fake.change(ready=SessionLostError("gone"))
     with pytest.raises(SessionLostError):
         await nexus.guards[0](nexus)
+    assert "is being examined" in str(next(iter(nexus.barred.values())))  # for those on the next session to lift
+    fake.change(ready=Reply())
+    assert await nexus.guards[0](nexus)
     assert not nexus.barred
+
+
+@pytest.mark.conformance(100)
+@pytest.mark.expect_log(f"{RECOVERY}|longer than|is there again|can't be examined")
+async def test_logical_unit_one_that_hangs_after_a_login_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it get a command before it has said who it is."""
+    monkeypatch.setattr(guards, "MOST_WAIT", 0.3)
+    disks = [_disk(), _disk(serial="SECOND", lun=1)]
+    config = config_of(*disks)
+    async with serving(config) as target:
+        with trio.fail_after(20):
+            async with open_nexus(DEFAULT_TARGET_NAME, [portal_of(target)], settings_of(timeout=2)) as nexus:
+                first, second = [LogicalUnit(nexus, description) for description in await scan(nexus)]
+                config.script.add(Rule(IN, match=all_of(has_cdb(0x00), has_lun(0)), action=Late(1.5)))
+                target.drop_connections()
+                began = trio.current_time()
+                assert await _read(second, 0, 1) == pattern(512)
+                assert trio.current_time() - began < 1.2
+                assert [error for error, _ in nexus._bars.barred.values()]
+                await first.write(memoryview(b"!" * 512), lba=0)
+                assert trio.current_time() - began > 1.2
+                assert disks[0].contents(blocks=1) == b"!" * 512
+                assert nexus.reconnects == 1
 
 
 # --- changes while it is mounted ---

@@ -12,7 +12,7 @@ from iscsifuse.errors import IdentityError, SessionLostError
 from iscsifuse.initiator.bars import Bars
 from iscsifuse.initiator.clearing import BARRIER_LIMIT, Clearing
 from iscsifuse.initiator.farewell import LOGOUT_LIMIT, Farewell
-from iscsifuse.initiator.guards import ASK_AGAIN_AFTER, MOST_ROUNDS, Guards
+from iscsifuse.initiator.guards import ASK_AGAIN_AFTER, MOST_ROUNDS, MOST_WAIT, Guards
 from iscsifuse.initiator.liveness import PING_AFTER, PING_LIMIT, Liveness
 from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.settings import Portal
@@ -231,7 +231,9 @@ async def test_parts_a_guard_that_comes_while_others_look_is_asked_too() -> None
         return True
 
     guards.add(slow)
-    await guards.prove(session)
+    async with trio.open_nursery() as nursery:
+        guards.start(nursery)
+        await guards.prove(session)
     assert late == [1]
 
 
@@ -269,9 +271,62 @@ async def test_parts_a_session_with_news_all_the_time_is_given_up() -> None:
         return True
 
     guards.add(tells)
-    with pytest.raises(SessionLostError, match="all the time"):
-        await guards.prove(cast("Session", SimpleNamespace(error=None)))
+    async with trio.open_nursery() as nursery:
+        guards.start(nursery)
+        with pytest.raises(SessionLostError, match="all the time"):
+            await guards.prove(cast("Session", SimpleNamespace(error=None)))
     assert trio.current_time() == MOST_ROUNDS
+
+
+@jumping
+@pytest.mark.parametrize("end", ["settled", "unsettled", "lost"])
+async def test_parts_a_guard_that_takes_long_holds_up_no_other(end: str) -> None:
+    """It goes on, and is asked again if that settles nothing; another session is none of its business."""
+    session = cast("Session", SimpleNamespace(error=None))
+    guards = Guards()
+    quick: list[float] = []
+    slow: list[float] = []
+    guards.add(_guard(True, True, calls=quick))
+
+    async def hangs(_: Session) -> bool:
+        slow.append(trio.current_time())
+        await trio.sleep(50)
+        if end == "lost":
+            raise SessionLostError("gone")
+        return end == "settled" or len(slow) > 1
+
+    guards.add(hangs)
+    async with trio.open_nursery() as nursery:
+        guards.start(nursery)
+        await guards.prove(session)
+        assert trio.current_time() == MOST_WAIT
+        guards.go_on(session)
+    assert quick == [0]
+    assert slow == ([0, 50.25] if end == "unsettled" else [0])
+
+
+@jumping
+async def test_parts_a_session_that_is_lost_under_a_guard_is_given_up_at_once() -> None:
+    guards = Guards()
+
+    async def loses(_: Session) -> bool:
+        await trio.sleep(1)
+        raise SessionLostError("gone")
+
+    async def hangs(_: Session) -> bool:
+        await trio.sleep(50)
+        raise SessionLostError("gone, too")
+
+    guards.add(loses)
+    guards.add(hangs)
+    async with trio.open_nursery() as nursery:
+        guards.start(nursery)
+        with pytest.raises(SessionLostError, match=r"gone$"):
+            await guards.prove(cast("Session", SimpleNamespace(error=None)))
+        assert trio.current_time() == 1
+    guards.stop()
+    with pytest.raises(SessionLostError, match="at its end"):
+        await guards.prove(cast("Session", SimpleNamespace(error=None)))
 
 
 @jumping
