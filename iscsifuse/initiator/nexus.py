@@ -36,6 +36,7 @@ from iscsifuse.initiator.bars import Bars
 from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.guards import Guard, Guards
 from iscsifuse.initiator.login import LoggedIn, log_in_somewhere, login_config, make_isid
+from iscsifuse.initiator.policy import Change, judge
 from iscsifuse.initiator.revival import Revival, breaks_protocol
 from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.settings import Portal, SessionSettings
@@ -156,6 +157,8 @@ class Nexus:
         watcher = self._watchers.get(task.lun)
         if watcher is not None:
             watcher(task)
+        elif judge(task.status, task.sense, what="").change & Change.INVENTORY:
+            self.doubt_all()  # one that isn't used, and was told in place of those that are
 
     def add_guard(self, guard: Guard) -> None:
         """Have a coroutine called on each new session before commands flow again; see `guards`."""

@@ -30,7 +30,7 @@ from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.initiator.inventory import LunDescription, scan
 from iscsifuse.initiator.logical_unit import LogicalUnit
 from iscsifuse.initiator.nexus import Nexus, open_nexus
-from iscsifuse.initiator.quirks import make_room_in_tgtd
+from iscsifuse.initiator.quirks import hear_tgtd, make_room_in_tgtd
 from iscsifuse.initiator.session import Session
 from iscsifuse.initiator.settings import DiscoveredTarget, Portal
 from iscsifuse.initiator.statistics import CommandStatistics
@@ -265,6 +265,7 @@ class _Assembler:
             else:
                 for unit in list(target.units):
                     await unit.look()
+                await hear_tgtd(nexus, target.disks.values())
 
     async def _look_for_more(self, nexus: Nexus, target: _Target, caches: trio.Nursery) -> None:
         """Offer the disks that are new."""

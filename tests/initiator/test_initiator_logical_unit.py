@@ -743,17 +743,22 @@ async def test_logical_unit_another_one_is_told_in_many_ways(told: list[tuple[in
 
 @pytest.mark.conformance(107)
 @pytest.mark.expect_log("another disk answers where LUN 1")
-async def test_logical_unit_news_of_the_list_are_for_all_units() -> None:
-    """The target tells one of them only: the others are held back before anything else is sent."""
+@pytest.mark.parametrize("used", [True, False])
+async def test_logical_unit_news_of_the_list_are_for_all_units(used: bool) -> None:
+    """The target tells one of them only, in use or not: the others are held back before anything else is sent."""
     disks = [_disk(), _disk(serial="SECOND", lun=1)]
     async with serving(config_of(*disks)) as target:
         with trio.fail_after(20):
             async with open_nexus(DEFAULT_TARGET_NAME, [portal_of(target)], settings_of()) as nexus:
-                first, second = [LogicalUnit(nexus, description) for description in await scan(nexus)]
+                found = await scan(nexus)
+                second = LogicalUnit(nexus, found[1])
                 other = _disk(serial="OTHER", lun=1)
                 target.engine().disks[1] = other
                 disks[0].attentions.append((0x3F, 0x0E))
-                assert await _read(first, 0, 1) == pattern(512)
+                if used:
+                    assert await _read(LogicalUnit(nexus, found[0]), 0, 1) == pattern(512)
+                else:
+                    await nexus.execute(cdbs.test_unit_ready(), lun=found[0].address)
                 with pytest.raises(IdentityError):
                     await second.write(memoryview(b"!" * 512), lba=0)
                 assert other.contents() == pattern(BLOCKS * 512)

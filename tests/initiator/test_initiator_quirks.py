@@ -3,10 +3,11 @@ from initiator_fakes import LUN_0, Answer, FakeNexus, Reply, illegal, jumping
 
 from iscsifuse.errors import SessionLostError
 from iscsifuse.initiator.inventory import LunDescription
-from iscsifuse.initiator.quirks import ROOM, make_room_in_tgtd
+from iscsifuse.initiator.quirks import ROOM, hear_tgtd, make_room_in_tgtd
 from iscsifuse.scsi import cdb as cdbs
 from iscsifuse.scsi import lun as luns
 from iscsifuse.scsi.inquiry import Inquiry
+from iscsifuse.scsi.sense import SenseKey as K
 
 LIST = Reply(luns.encode_report_luns([LUN_0]))
 
@@ -52,3 +53,29 @@ def test_a_refusal_is_no_trouble(answer: Answer) -> None:
         assert len(nexus.cdbs) == 1
 
     run()
+
+
+@jumping
+async def test_tgtd_is_heard_by_its_controller_where_that_is_not_mounted() -> None:
+    asked: list[bytes] = []
+    answers = iter([Reply.check(K.UNIT_ATTENTION, 0x29), Reply.check(K.UNIT_ATTENTION, 0x3F, 0x0E), Reply()])
+
+    def answer(lun: bytes, cdb: bytes) -> Answer:
+        assert cdb == cdbs.test_unit_ready()
+        asked.append(lun)
+        return next(answers)
+
+    nexus = FakeNexus(answer)
+    for units in ([], [unit("ACME", 1)], [unit("IET", 0), unit("IET", 1)]):
+        await hear_tgtd(nexus.as_nexus(), units)
+    assert asked == []
+    await hear_tgtd(nexus.as_nexus(), [unit("IET", 1)])
+    assert asked == [LUN_0] * 3
+
+
+@jumping
+async def test_a_controller_that_tells_nothing_is_no_trouble() -> None:
+    for answer in (illegal(0x25), SessionLostError("gone")):
+        nexus = FakeNexus([answer])
+        await hear_tgtd(nexus.as_nexus(), [unit("IET", 1)])
+        assert len(nexus.cdbs) <= 2

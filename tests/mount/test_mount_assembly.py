@@ -134,6 +134,7 @@ class San:
         self.clumsy: set[str] = set()
         self.scans = 0
         self.told: list[list[int]] = []
+        self.heard: list[list[int]] = []
         self.while_told: Callable[[], None] | None = None
 
     async def discover(self, portal: Portal, settings: SessionSettings) -> list[DiscoveredTarget]:
@@ -191,6 +192,10 @@ class San:
             raise content
         return [lun for lun in content if lun.lun not in without and (only is None or lun.lun in only)]
 
+    async def hear_tgtd(self, nexus: Nexus, units: Collection[Lun]) -> None:
+        assert nexus is self.nexuses[nexus.target_name]
+        self.heard.append([unit.lun for unit in units])
+
     async def make_room_in_tgtd(self, nexus: Nexus, units: Iterable[Lun]) -> bool:
         assert nexus is self.nexuses[nexus.target_name]
         await trio.lowlevel.checkpoint()
@@ -207,6 +212,7 @@ def san(monkeypatch: pytest.MonkeyPatch) -> San:
     monkeypatch.setattr(assembly, "open_nexus", made.open_nexus)
     monkeypatch.setattr(assembly, "scan", made.scan)
     monkeypatch.setattr(assembly, "make_room_in_tgtd", made.make_room_in_tgtd)
+    monkeypatch.setattr(assembly, "hear_tgtd", made.hear_tgtd)
     monkeypatch.setattr(assembly, "LogicalUnit", Unit)
     return made
 
@@ -456,6 +462,7 @@ async def test_disks_are_looked_at_now_and_then(san: San, autojump_clock: MockCl
         scans = san.scans
         await trio.sleep(assembly.LOOK_EVERY * 3.5)
         assert [unit.looks for unit in units] == [3, 3]
+        assert san.heard == [[1, 2]] * 3
         assert san.scans == scans
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from iscsifuse.mount.assembly import LOOK_EVERY
 from support.cli import Mounted, is_mounted, program, run_cli
 from support.disks import MIB, random_file, sha256, sparse
 from support.ports import wait_until
@@ -179,6 +180,25 @@ def test_another_disk_that_only_another_lun_tells_of_gets_nothing(tgt_server: Tg
                 os.pwrite(second.fileno(), b"lost" * 1024, 0)
             with pytest.raises(OSError, match="Input/output"):
                 os.pread(second.fileno(), 4096, 0)
+        assert run_cli("umount", mounted.point).returncode == 32
+    assert sha256(other) == before
+
+
+@pytest.mark.slow
+@pytest.mark.conformance(107)
+def test_another_disk_in_a_mount_of_one_lun_is_found_out(tgt_server: TgtServer, tmp_path: Path) -> None:
+    """tgtd tells only its controller of it, which is asked every ten seconds."""
+    disk, other = (random_file(tmp_path / f"disk-{number}", 8 * MIB, seed=number) for number in (1, 2))
+    before = sha256(other)
+    tgt_server.add_target(ONE)
+    tgt_server.add_lun(ONE, 1, disk, serial="DISK")
+    with Mounted(tgt_server.url(ONE, 1), tmp_path / "m", "--rw", "-o", "direct_io") as mounted:
+        with mounted.lun(1).open("r+b", buffering=0) as file:
+            tgt_server.delete_lun(ONE, 1)
+            tgt_server.add_lun(ONE, 1, other, serial="OTHER")
+            time.sleep(LOOK_EVERY + 2)
+            with pytest.raises(OSError, match="Input/output"):
+                os.pwrite(file.fileno(), b"lost" * 1024, 0)
         assert run_cli("umount", mounted.point).returncode == 32
     assert sha256(other) == before
 
