@@ -1,9 +1,14 @@
 """Errors of writes that were acknowledged before, and who has been told.
 
 Like the kernel's ``errseq_t``: errors are numbered, and each open handle remembers the number up to which it knows.
-A handle that asks is told of an error once; every handle that was open at the time is told, each on its own. An
-error that nobody has been told of yet is also reported to a handle that is opened later, so that it isn't lost where
-the only handle was closed before the write failed.
+Every handle that was open at the time is told of an error, each on its own. An error that nobody has been told of yet
+is also reported to a handle that is opened later, so that it isn't lost where the only handle was closed before the
+write failed.
+
+A handle asks in two ways, and is told once by each. Who syncs wants to know of everything. Who drains may be a
+close(2), whose answer hardly anybody reads, and which may be another program's: a handle belongs to an open file,
+and that may have several descriptors (dup, fork), each of which is closed on its own, if only by the end of a child.
+So what a drain tells, the next sync tells again; what a sync has told, nobody needs to hear twice.
 
 Several errors between two questions are told as one: the first of them since anybody asked, which is most likely
 the cause of the others.
@@ -56,12 +61,17 @@ def write_back_error(cause: Exception, *, what: str = "") -> WriteBackError:
 
 
 class Handle:
-    """Somebody who has the file open: knows which errors it has been told of."""
+    """Somebody who has the file open: knows which errors it has been told of.
 
-    __slots__ = ("known",)
+    Attributes:
+        drained: the number up to which some answer told of them.
+        synced: the number up to which the answer of a sync did; never more than ``drained``.
+    """
+
+    __slots__ = ("drained", "synced")
 
     def __init__(self, known: int) -> None:
-        self.known = known
+        self.drained = self.synced = known
 
 
 class ErrorSequence:
@@ -93,20 +103,24 @@ class ErrorSequence:
         """A new handle, which will be told of what nobody has been told of yet."""
         return Handle(self.count if self._told else self.count - 1)
 
-    def check(self, handle: Handle, *, since: int | None = None) -> None:
+    def check(self, handle: Handle, *, since: int | None = None, drain: bool = False) -> None:
         """Raise what the handle hasn't been told of.
 
         Args:
-            handle: who asks; knows everything afterwards.
+            handle: who asks; knows everything afterwards, or everything that a drain has to tell.
             since: ``count`` when a drain began. What failed during the drain is raised even if another task asked
                 with the same handle meanwhile: neither of the two may report a success.
+            drain: nobody has synced: whoever does will be told again.
 
         Raises:
             WriteBackError: chained from what was recorded.
         """
-        if handle.known == self.count and (since is None or since == self.count):
+        known = handle.drained if drain else handle.synced
+        if known == self.count and (since is None or since == self.count):
             return
-        handle.known = self.count
+        handle.drained = self.count
+        if not drain:
+            handle.synced = self.count
         self._told = True
         error = self._error
         assert error is not None  # noqa: S101  count > 0 says so

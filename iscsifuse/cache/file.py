@@ -24,8 +24,8 @@ _MOST_LOSSES = 8
 class BlockFile(abc.ABC):
     """One LUN as a file of bytes. All methods belong to one trio thread.
 
-    Errors that nobody waited for (of write-back, of a flush) are told to each handle that is open at the time, once,
-    by its next ``drain`` or ``sync``.
+    Errors that nobody waited for (of write-back, of a flush) are told to each handle that is open at the time, by its
+    next ``drain`` and by its next ``sync``: a drain hides nothing from a sync (see `errseq`).
     """
 
     def __init__(self, device: BlockDevice) -> None:
@@ -49,7 +49,7 @@ class BlockFile(abc.ABC):
     def report(self, error: Exception) -> None:
         """Record an error of earlier writes that the device learnt of later.
 
-        A deferred error, or volatile data lost with the power: every handle's next ``drain`` or ``sync`` fails.
+        A deferred error, or volatile data lost with the power: every handle's next ``drain`` and ``sync`` fail.
         """
         self._errors.record(error if isinstance(error, WriteBackError) else write_back_error(error))
 
@@ -147,14 +147,14 @@ class BlockFile(abc.ABC):
             handle: who asks. None: somebody with no handle, who is told of what nobody has been told of yet.
 
         Raises:
-            WriteBackError: a write failed that this handle hasn't been told of.
+            WriteBackError: a write failed that this handle hasn't been told of. Its next ``sync`` tells that, too.
 
         Cancellation: the write-back goes on.
         """
         handle = handle or self._errors.open()
         since = self._errors.count
         await self._drain()
-        self._errors.check(handle, since=since)
+        self._errors.check(handle, since=since, drain=True)
 
     async def sync(self, handle: Handle | None = None) -> None:
         """Wait until everything that was written before this call is on stable storage.
@@ -163,7 +163,7 @@ class BlockFile(abc.ABC):
             handle: as for ``drain``.
 
         Raises:
-            WriteBackError: a write failed that this handle hasn't been told of, or the flush did.
+            WriteBackError: a write failed that no ``sync`` of this handle has told of, or the flush did.
 
         Cancellation: the write-back goes on; a flush may have happened or not.
         """

@@ -363,7 +363,7 @@ class DiskOperations(pyfuse3.Operations):
         return written
 
     async def flush(self, fh: FileHandleT) -> None:
-        """close(2): wait until everything is written, and tell what failed."""
+        """close(2): wait until everything is written, and tell what failed; an fsync tells that once more."""
         if self._read_only:
             raise FUSEError(errno.ENOSYS)  # once for the whole mount; see the module
         await self._flush(fh)

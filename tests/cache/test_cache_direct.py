@@ -132,8 +132,10 @@ async def test_errors_are_the_callers_own() -> None:
     await file.sync(handle)
     assert len(device.commands("flush")) == 1
     file.report(IscsifuseError("later"))
-    with pytest.raises(WriteBackError):
+    with pytest.raises(WriteBackError, match="later"):
         await file.drain(handle)
+    with pytest.raises(WriteBackError, match="later"):
+        await file.sync(handle)
     device.fault = lambda _command: IscsifuseError("no flush")
     with pytest.raises(WriteBackError, match="no flush"):
         await file.sync(handle)

@@ -111,12 +111,13 @@ class World:
     random: random.Random
     failures: int = 0  # of background writes, and of flushes
     told: bool = True
-    known: dict[Handle, int] = field(default_factory=dict)
+    known: dict[Handle, tuple[int, int]] = field(default_factory=dict)  # what drains, and what syncs have told
     tag: int = 0
 
     def open(self) -> Handle:
         handle = self.file.open()
-        self.known[handle] = self.failures if self.told else self.failures - 1
+        known = self.failures if self.told else self.failures - 1
+        self.known[handle] = (known, known)
         return handle
 
     def check(self) -> None:
@@ -201,11 +202,12 @@ async def do_drain(world: World, handle: Handle, *, sync: bool) -> None:
         await (world.file.sync(handle) if sync else world.file.drain(handle))
     except WriteBackError as caught:
         error = caught
-    expected = world.failures not in (world.known[handle],) or world.failures != since
+    drained, synced = world.known[handle]
+    expected = world.failures != (synced if sync else drained) or world.failures != since
     assert (error is not None) == expected, "an error told twice, or not at all"
     if expected:
         world.told = True
-    world.known[handle] = world.failures
+    world.known[handle] = (world.failures, world.failures if sync else synced)
     if error is None and (sync or cuts == world.device.cuts):
         # What was acknowledged before is on the disk now, or something newer is; after a sync it survives power cuts.
         medium = world.device.stable if sync and world.device.volatile else world.device.data
@@ -321,8 +323,8 @@ async def play_one(world: World, steps: list[Step]) -> None:
             nursery.start_soon(do_step, world, step, locks, owners)
     # Every handle that is open hears of every error, once.
     for handle in owners:
-        await do_drain(world, handle, sync=False)
-        await do_drain(world, handle, sync=False)
+        for sync in (False, False, True, True):
+            await do_drain(world, handle, sync=sync)
     world.device.fault = None
     world.device.bad.clear()
     await trio.sleep(60)  # read-ahead comes to its end

@@ -135,6 +135,20 @@ def test_an_error_that_nobody_was_told_of_waits_for_the_next_handle() -> None:
     errors.check(errors.open())
 
 
+def test_what_a_drain_tells_a_sync_tells_again_and_not_the_other_way_round() -> None:
+    errors = ErrorSequence()
+    handle = errors.open()
+    for sync_first in (False, True):
+        errors.record(lost())
+        for drain, tells in ((False, True), (True, False)) if sync_first else ((True, True), (False, True)):
+            if tells:
+                with pytest.raises(WriteBackError):
+                    errors.check(handle, drain=drain)
+            errors.check(handle, drain=drain)
+        errors.check(handle, drain=True)
+    errors.check(errors.open())  # somebody has been told
+
+
 def test_the_first_of_several_errors_is_told() -> None:
     errors = ErrorSequence()
     handle = errors.open()

@@ -456,6 +456,8 @@ async def test_what_is_dirty_when_run_is_cancelled_is_lost_and_that_is_told() ->
     assert await cache.read(0, 2 * EXTENT) == device.data[: 2 * EXTENT]
     assert device.data[EXTENT : 2 * EXTENT] == before[EXTENT : 2 * EXTENT]
     await cache.drain(handle)
+    with pytest.raises(WriteBackError, match="4608 bytes"):
+        await cache.sync(handle)
     # It can run again.
     async with trio.open_nursery() as nursery:
         await nursery.start(cache.run)

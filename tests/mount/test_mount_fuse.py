@@ -245,6 +245,33 @@ def test_lost_writes_are_reported(ram: Ram, how: str) -> None:
         os.close(number)
 
 
+@pytest.mark.parametrize("how", ["a child's exit", "a program's start", "a dup"])
+def test_a_close_hides_no_error_from_fsync(ram: Ram, how: str) -> None:
+    """The kernel passes on each close of a descriptor, and hardly anybody reads the answer."""
+    assert ram.start(read_write=True) == 0
+    number = os.open(ram.lun, os.O_WRONLY)
+    ram.order("fail-0")
+    os.pwrite(number, b"x" * 4096, 0)
+    if how == "a dup":
+        with pytest.raises(OSError, match="Input/output"):
+            os.close(os.dup(number))
+    else:
+        child = os.fork()
+        if child == 0:
+            try:
+                if how == "a program's start":  # which closes what isn't inheritable
+                    os.execv("/bin/true", ["true"])  # noqa: S606
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0) == (child, 0)
+    assert not any(line.startswith("write") for line in ram.log())
+    ram.revoke("fail-0")
+    with pytest.raises(OSError, match="Input/output"):
+        os.fsync(number)
+    os.fsync(number)
+    os.close(number)
+
+
 def test_fsync_reaches_stable_storage(ram: Ram) -> None:
     assert ram.start(read_write=True) == 0
     with ram.lun.open("r+b", buffering=0) as file:

@@ -274,6 +274,8 @@ async def test_flush_and_fsync() -> None:
     rig.file.report(CommandTimeoutError("lost"))
     assert await refused(rig.operations.flush(handle)) == errno.EIO
     await rig.operations.flush(handle)
+    assert await refused(rig.operations.fsync(handle, False)) == errno.EIO
+    await rig.operations.fsync(handle, False)
 
 
 async def test_read_only_mounts_never_sync() -> None:
