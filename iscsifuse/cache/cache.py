@@ -38,7 +38,7 @@ from iscsifuse.cache.settings import CacheSettings, CacheStats
 from iscsifuse.cache.spans import SpanReader
 from iscsifuse.cache.through import WriteThrough
 from iscsifuse.cache.writeback import WriteBack
-from iscsifuse.errors import ParameterDataError, WriteBackError
+from iscsifuse.errors import ParameterDataError
 from iscsifuse.fibres import own_task
 from iscsifuse.quick import take_stray
 
@@ -167,14 +167,14 @@ class BlockCache(BlockFile):
 
     def _lose(self) -> None:
         unsynced = self._write_back.unsynced
+        complete = self._running and not unsynced.has_orphans
         if self._running:
             self._write_back.lose()
-        elif unsynced.extents or unsynced.has_orphans:
-            for _ in unsynced.take():
-                pass
-            self._errors.record(
-                WriteBackError("the disk was reset: what was not flushed may be lost, and nobody can write it again")
-            )
+        else:
+            self._write_back.lose_for_good()
+        if not complete:
+            # What isn't dirty now may be of what the disk has lost: a reader must not be shown what isn't there.
+            self._filler.invalidate()
 
     def _flush_begins(self) -> None:
         self._flush_wanted = False

@@ -14,7 +14,8 @@ was reset (UNIT ATTENTION 29h), they are written again. It is what NFS clients d
 
 A block whose newer write failed is in nobody's memory any more, while what the disk has of it isn't covered by a
 flush. If the disk is reset before the next one, content may come back that is older than what was once acknowledged.
-Which blocks these are isn't kept, only that there are such *orphans*; the loss is told as an error then.
+Which blocks these are isn't kept, only that there are such *orphans*; the loss is told as an error then, and all that
+is clean in memory is dropped, since it may be what the disk had before.
 
 Memory is bounded: beyond `BufferPool.most_unsynced` extents, and whenever somebody waits for a slot, the caches flush
 on their own (`BlockCache`). A flush that fails while somebody waits gives up what it should have covered: every open
@@ -45,7 +46,7 @@ class Unsynced:
 
     @property
     def has_orphans(self) -> bool:
-        """Whether there are blocks that the disk may lose and that aren't in memory."""
+        """Whether there are blocks that the disk may lose and that nobody would write again."""
         return self.orphans or self._orphans_covered
 
     def add(self, extent: Extent, blocks: int) -> None:

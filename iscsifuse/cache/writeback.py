@@ -21,7 +21,7 @@ Invariants:
   block in flight, an old one can't overtake a newer one, and a retransmission sends the same bytes.
 * A block leaves *writing* in one of four ways: written (valid, clean, and *unsynced* where the disk has a volatile
   cache), failed (not valid; the error is recorded), cancelled (dirty again), written while the disk lost its cache
-  (dirty again: whether before or after, nobody can tell).
+  (dirty again: whether before or after, nobody can tell; not valid, and an error, where nothing runs that writes it).
 * A barrier holds what was unclean when a drain began, and loses a block when that is written or failed. Blocks that
   are dirtied later are in no older barrier, so a drain ends however busily others write.
 * Every completion wakes the extent's waiters, those who wait for room here, and those who wait for a slot.
@@ -182,13 +182,27 @@ class WriteBack:
     def lose(self) -> None:
         """The disk may have lost everything that it was given since its last flush: it is dirty again.
 
-        What is being written at this moment is dirty again once that has ended.
+        What is being written at this moment is dirty again once that has ended. Where there were orphans, the caller
+        drops what is clean in memory, for it may be of these.
         """
         self.losses += 1
         if self.unsynced.has_orphans:
             self._errors.record(WriteBackError("the disk was reset: blocks whose last write failed may be lost"))
         for extent, blocks in self.unsynced.take():
             self._dirty_again(extent, blocks)
+
+    def lose_for_good(self) -> None:
+        """`lose`, where nothing runs that would write it again: it can only be told.
+
+        The caller drops what is clean in memory then, for it may be of what was lost.
+        """
+        self.losses += 1
+        if self.unsynced.extents or self.unsynced.has_orphans:
+            for _ in self.unsynced.take():
+                pass
+            self._errors.record(
+                WriteBackError("the disk was reset: what was not flushed may be lost, and nobody can write it again")
+            )
 
     def _dirty_again(self, extent: Extent, blocks: int) -> None:
         if not extent.dirty:
@@ -363,7 +377,7 @@ class WriteBack:
             else:
                 if volatile and not lost:
                     self.unsynced.add(extent, blocks)
-                self._settle(extent, blocks, written=written)
+                self._settle(extent, blocks, written=written and not lost)
         if lost and not self._running:
             self._errors.record(WriteBackError("the disk was reset during a write that nobody can make again"))
         self._wake()

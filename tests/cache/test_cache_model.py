@@ -242,6 +242,12 @@ def do_cut(world: World) -> None:
         assert not gone, f"nobody could write blocks {gone} again"
     device.cut_power()
     file.lose()
+    for extent in file._extents.values():
+        for first, stop in runs(extent.valid & ~(extent.dirty | extent.writing)):
+            place = (extent.index * per_extent + first) * length
+            size = (stop - first) * length
+            shown = bytes(extent.view[first * length : stop * length])
+            assert shown == device.data[place : place + size], "memory has what the disk has lost"
 
 
 Step = tuple[str, float, int, int, float]

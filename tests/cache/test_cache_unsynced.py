@@ -145,6 +145,32 @@ async def test_a_flush_that_fails_gives_memory_back_to_who_waits() -> None:
             await cache.drain(handle)
 
 
+async def test_what_was_given_up_is_not_read_from_memory_once_the_disk_has_lost_it() -> None:
+    device = volatile(fault=lambda command: IscsifuseError("no flush") if flushes(command) else None)
+    before = bytes(device.data)
+    async with running(device, slots=4) as cache:
+        handle = cache.open()
+        for index in range(6):
+            await cache.write(index * EXTENT, b"x" * EXTENT)
+        with pytest.raises(WriteBackError, match="no flush"):
+            await cache.drain(handle)
+        given_up = [index for index, extent in cache._extents.items() if extent.valid and not extent.unsynced]
+        assert given_up
+        device.cut_power()
+        cache.lose()
+        for index in given_up:
+            at = index * EXTENT
+            assert bytes(await cache.read(at, EXTENT)) == before[at : at + EXTENT]
+        device.fault = None
+        with pytest.raises(WriteBackError, match="may be lost"):
+            await cache.drain(handle)
+        kept = set(range(6)) - set(given_up)  # or it had left memory before
+        for index in range(6):
+            at = index * EXTENT
+            assert bytes(await cache.read(at, EXTENT)) == device.data[at : at + EXTENT]
+        assert any(device.data[index * EXTENT : (index + 1) * EXTENT] == b"x" * EXTENT for index in kept)
+
+
 async def test_a_block_whose_newer_write_failed_is_an_error_if_the_disk_is_reset() -> None:
     device = volatile()
     async with running(device) as cache:
@@ -177,6 +203,29 @@ async def test_a_cache_that_was_stopped_can_only_tell(mode: str) -> None:
         gate.open()
     with pytest.raises(WriteBackError, match="reset"):
         await cache.sync(handle)
+
+
+@pytest.mark.parametrize("when", ["written", "being written"])
+async def test_a_cache_that_was_stopped_shows_nothing_that_may_be_lost(when: str) -> None:
+    device = volatile(eager=True)
+    before = bytes(device.data)
+    cache = BlockCache(device, pool=small_pool(8), settings=CacheSettings())
+    handle = cache.open()
+    gate = Gate(device, writes)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cache.write, 0, b"1" * 512)
+        await blocked()
+        if when == "written":
+            gate.open()
+            await blocked()
+        assert device.data[:512] == b"1" * 512
+        device.cut_power()
+        cache.lose()
+        gate.open()
+    assert bytes(await cache.read(0, 512)) == before[:512] == device.data[:512]
+    with pytest.raises(WriteBackError, match="reset"):
+        await cache.sync(handle)
+    await cache.sync(handle)
 
 
 async def test_without_a_volatile_cache_nothing_is_kept() -> None:
