@@ -108,7 +108,7 @@ class Extent:
         pins: tasks that rely on the extent across a checkpoint with no bit of their own in it.
         queue: which of the pool's queues it is in; None while it isn't evictable and was found to be so.
         born: the pool's clock when it was made.
-        cursor: where write-back goes on looking for dirty blocks.
+        cursor: where write-back goes on looking for dirty blocks; 0 when its turn begins.
         read_end: byte after the latest read.
         lost: fills that ended without making their blocks valid.
         event: set, and forgotten, when ``filling`` or ``writing`` shrink; made by the first task that waits.

@@ -12,7 +12,8 @@ An extent's way, seen from here (its blocks' states are in ``extent``)::
   written in large pieces with no delay.
 * What has dirty blocks is either aging or ready, and nothing else is.
 * *ready* is first in, first out. A worker takes the next run of dirty blocks of the first extent, together with what
-  follows it on disk and in memory among the ready ones, up to a mebibyte.
+  follows it on disk and in memory among the ready ones, up to a mebibyte. An extent is gone through once, front to
+  back, and if it has dirty blocks again then, it goes to the end of the line: so hot blocks hold up no other extent.
 * *unclean* has every extent with dirty or writing blocks. Their number is bounded: writers who would add one wait.
 
 Invariants:
@@ -304,6 +305,11 @@ class WriteBack:
             return None
         geometry = self._geometry
         extent = next(iter(self._ready))
+        if not extent.dirty >> extent.cursor:  # Only what was dirtied behind the cursor is left.
+            extent.cursor = 0
+            del self._ready[extent]
+            self._ready[extent] = None
+            extent = next(iter(self._ready))
         first, stop = next_run(extent.dirty, extent.cursor)
         # One burst for each command: a far disk asks for the next one only when it has the first.
         longest = min(LARGEST_TRANSFER, self._device.write_burst)
@@ -328,8 +334,9 @@ class WriteBack:
     def _begin(self, extent: Extent, transfer: Transfer) -> None:
         blocks = transfer.parts[-1][1]
         self.start_writing(extent, blocks)
-        extent.cursor = blocks.bit_length() % self._geometry.blocks
+        extent.cursor = blocks.bit_length()
         if not extent.dirty:
+            extent.cursor = 0
             self._ready.pop(extent, None)
 
     async def _write_back(self, transfer: Transfer) -> None:

@@ -64,6 +64,66 @@ async def test_a_block_is_reached_however_often_others_before_it_come_back(
     assert autojump_clock.current_time() < 1
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("lbas", [(0, 2, 4, 6), (1, 3, 5, 7)], ids=str)
+async def test_hot_blocks_keep_no_other_extent_from_the_disk(
+    autojump_clock: trio.testing.MockClock, lbas: tuple[int, ...], depth: int
+) -> None:
+    """More of them than workers, dirtied again as fast as they are written."""
+    device = FakeDevice()
+    device.delay = lambda _command: 0.01
+    async with running(device, depth=depth) as cache, trio.open_nursery() as nursery:
+
+        async def hot(lba: int) -> None:
+            while True:
+                await cache.write(lba * 512, b"h" * 512)
+                await trio.sleep(0.001)
+
+        for lba in lbas:
+            nursery.start_soon(hot, lba)
+        await trio.sleep(0.5)
+        for lba in (100, 200):
+            await cache.write(lba * 512, b"m" * 512)
+        with trio.fail_after(0.2):
+            await cache.sync()
+        for lba in (100, 200):
+            assert device.data[lba * 512 : (lba + 1) * 512] == b"m" * 512
+        # Neither does it starve itself.
+        count = len(device.log)
+        await trio.sleep(0.5)
+        assert {command.lba for command in device.log[count:] if command.kind == "write"} == set(lbas)
+        nursery.cancel_scope.cancel()
+    assert autojump_clock.current_time() < 5
+
+
+async def test_what_is_written_once_is_written_front_to_back_in_the_order_of_its_extents() -> None:
+    device = FakeDevice(write_burst=1024)
+    gate = Gate(device, writes)
+    async with running(device, depth=1) as cache:
+        for index in (3, 1, 2):
+            await cache.write(index * EXTENT, b"w" * EXTENT)
+        await blocked()
+        for _ in range(12):
+            gate.release()
+            await blocked()
+        gate.open()
+        order = [command.lba for command in device.commands("write")]
+        assert order == [*range(24, 32, 2), *range(8, 16, 2), *range(16, 24, 2)]
+        # Also where a part of it was written before.
+        await cache.write(5 * EXTENT + 1024, b"w" * 1024)
+        await cache.drain()
+        gate.hold = writes
+        await cache.write(5 * EXTENT, b"v" * EXTENT)
+        await cache.write(7 * EXTENT, b"v" * EXTENT)
+        await blocked()
+        for _ in range(8):
+            gate.release()
+            await blocked()
+        gate.open()
+        order = [command.lba for command in device.commands("write")][13:]
+        assert order == [*range(40, 48, 2), *range(56, 64, 2)]
+
+
 async def test_a_drain_waits_for_what_is_already_on_its_way() -> None:
     device = FakeDevice()
     gate = Gate(device, writes)
