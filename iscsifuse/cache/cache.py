@@ -130,6 +130,7 @@ class BlockCache(BlockFile):
     def invalidate(self) -> None:
         """Drop all clean data; a fill in flight will not count. See ``BlockFile.invalidate``."""
         self._policy.reset()
+        self._write_back.forget_beyond_end()
         self._filler.invalidate()
 
     def stats(self) -> CacheStats:
@@ -206,11 +207,14 @@ class BlockCache(BlockFile):
         end = start + length
         block = self._block_length
         wanted = (1 << -(-end // block)) - (1 << start // block)
-        if wanted & ~extent.valid or not length:  # what is beyond the extent, or the device, is never valid
+        if wanted & ~extent.valid or not length:  # what is beyond the extent is never valid
+            return None
+        stop, size = offset + length, self._device.block_count * block
+        if stop > size:  # it has shrunk, and there is dirty data where it was
             return None
         if self._watching:
             try:
-                plan = self._observe(offset, offset + length, size=self._device.block_count * block)
+                plan = self._observe(offset, stop, size=size)
                 if plan is not None:
                     self._prefetcher.submit(*plan)
             except Exception:

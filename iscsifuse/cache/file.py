@@ -122,7 +122,10 @@ class BlockFile(abc.ABC):
 
     @abc.abstractmethod
     def invalidate(self) -> None:
-        """The medium or its capacity changed: forget everything that was read. Dirty data stays."""
+        """The medium or its capacity changed: forget everything that was read. Dirty data stays.
+
+        What was written, but not flushed, where a disk was that has shrunk is gone: an error of the next ``sync``.
+        """
 
     def lose(self) -> None:
         """The device may have lost what was written to it and not flushed (power lost, reset).

@@ -205,6 +205,25 @@ class WriteBack:
                 WriteBackError("the disk was reset: what was not flushed may be lost, and nobody can write it again")
             )
 
+    def forget_beyond_end(self) -> None:
+        """The disk may have shrunk: what it had accepted where it was, and could lose, is lost.
+
+        Kept, it would be read as what the disk has there once it grows again. What is dirty there fails when it is
+        written.
+        """
+        end, blocks = self._device.block_count, self._geometry.blocks
+        lost = 0
+        for extent in list(self.unsynced.extents):
+            within = max(0, end - extent.index * blocks)
+            beyond = extent.unsynced >> within << within
+            if beyond:
+                lost += beyond.bit_count()
+                self.unsynced.forget(extent, beyond)
+        if lost:
+            size = lost * self._geometry.block_length
+            self._errors.record(WriteBackError(f"the disk has shrunk: {size} bytes that were not flushed are gone"))
+            self._wake()
+
     def _dirty_again(self, extent: Extent, blocks: int) -> None:
         if not extent.dirty:
             self.first_dirtied(extent)

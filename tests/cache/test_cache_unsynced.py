@@ -228,6 +228,43 @@ async def test_a_cache_that_was_stopped_shows_nothing_that_may_be_lost(when: str
     await cache.sync(handle)
 
 
+async def test_what_a_disk_had_beyond_its_new_end_is_gone_and_told() -> None:
+    device = volatile()
+    async with running(device) as cache:
+        handle = cache.open()
+        for lba in (400, 499, 500, 1000):
+            await cache.write(lba * 512, b"x" * 512)
+        await settled(cache)
+        device.block_count = 500
+        cache.invalidate()
+        assert cache.peek(1000 * 512, 512) is None
+        assert cache.stats().unsynced_bytes == 2 * 512
+        with pytest.raises(WriteBackError, match="has shrunk: 1024 bytes"):
+            await cache.sync(handle)
+        await cache.sync(handle)
+        device.data[500 * 512 :] = bytes(524 * 512)
+        device.block_count = 1024
+        cache.invalidate()
+        for lba in (400, 499, 500, 1000):
+            assert cache.peek(lba * 512, 512) is None
+            assert bytes(await cache.read(lba * 512, 512)) == (b"x" if lba < 500 else b"\0") * 512
+
+
+async def test_dirty_data_beyond_the_end_of_a_disk_is_not_shown() -> None:
+    device = FakeDevice()
+    async with running(device, write_back_delay=1e9) as cache:
+        handle = cache.open()
+        await cache.write(499 * 512, b"d" * 1024)
+        device.block_count = 500
+        cache.invalidate()
+        for lba, length in ((500, 512), (499, 1024), (500, 1)):
+            assert cache.peek(lba * 512, length) is None
+        assert cache.peek(499 * 512, 512) == b"d" * 512
+        assert bytes(await cache.read(499 * 512, 1024)) == b"d" * 512
+        with pytest.raises(WriteBackError):
+            await cache.sync(handle)
+
+
 async def test_without_a_volatile_cache_nothing_is_kept() -> None:
     device = FakeDevice()
     async with running(device) as cache:
