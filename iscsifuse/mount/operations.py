@@ -323,7 +323,10 @@ class DiskOperations(pyfuse3.Operations):
             if data is None:
                 data = await opened.read(off, size)
                 if len(data) != size and not opened.may_end(off + len(data), wanted=off + size):
-                    raise FUSEError(errno.EIO)
+                    # The disk may have grown meanwhile: the answer was cut where its end was when the read began.
+                    data = await opened.read(off, size)
+                    if len(data) != size and not opened.may_end(off + len(data), wanted=off + size):
+                        raise FUSEError(errno.EIO)
             return data
         except (Exception, BaseExceptionGroup) as error:
             raise fuse_error("read", error) from None

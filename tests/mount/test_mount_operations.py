@@ -196,6 +196,25 @@ async def test_a_disk_that_grew_ends_at_its_new_end() -> None:
     assert await refused(rig.operations.read(handle, 0, 8192)) == errno.EIO
 
 
+async def test_a_read_across_the_end_of_a_disk_that_grows_meanwhile() -> None:
+    rig = Rig()
+    rig.file.device.data[:] = b"o" * 4096
+    handle = await rig.open()
+
+    def grow(data: bytes) -> bytes:
+        rig.file.device.data.extend(b"n" * 1024)
+        rig.file.answer = bytes
+        return data  # cut where the end was
+
+    rig.file.answer = grow
+    assert await rig.operations.read(handle, 2048, 3072) == b"o" * 2048 + b"n" * 1024
+    rig.file.answer = grow
+    assert await rig.operations.read(handle, 4096, 8192) == b"n" * 2048
+    # Bytes that the file doesn't have are nobody's.
+    rig.file.answer = lambda data: data[:-1]
+    assert await refused(rig.operations.read(handle, 4096, 8192)) == errno.EIO
+
+
 NEVER_OPENED = FileHandleT(0)
 
 
