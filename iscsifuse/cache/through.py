@@ -2,8 +2,11 @@
 
 The data is copied into extents, as many neighbouring ones as can be had without waiting for a slot, and written from
 there: valid and ``writing``, so that nobody changes it, and readers see it. If the write fails or is cancelled, the
-blocks are dropped, since nobody knows what is on the device then; the writer gets the error himself.
+blocks are dropped, since nobody knows what is on the device then; the writer gets the error himself. If the disk was
+reset meanwhile, it may have lost what it had accepted there before, from others, too: that is an error for everybody.
 """
+
+import functools
 
 from iscsifuse.cache.extent import Extent, Transfer
 from iscsifuse.cache.filling import Filler
@@ -90,5 +93,10 @@ class WriteThrough:
             first, last = start // geometry.block_length, -(-end // geometry.block_length)
             if not (transfers and transfers[-1].add(geometry, extent, first, last)):
                 transfers.append(Transfer.of(geometry, extent, first, last))
-        await self._filler.each(transfers, self._write_back.write_through, self._write_back.abandon)
+        since = self._write_back.losses
+        await self._filler.each(
+            transfers,
+            functools.partial(self._write_back.write_through, since=since),
+            functools.partial(self._write_back.abandon, since=since),
+        )
         return position

@@ -277,28 +277,33 @@ class WriteBack:
 
     # -- writes that don't wait for a worker --------------------------------------------------------------------
 
-    async def write_through(self, transfer: Transfer) -> None:
-        """Write blocks that the caller has just put into memory and made ``valid`` and ``writing``.
+    async def write_through(self, transfer: Transfer, *, since: int) -> None:
+        """Write blocks that the caller has put into memory and made ``valid`` and ``writing``.
+
+        Args:
+            transfer: these blocks.
+            since: ``losses`` at that moment, from which on what was in these blocks before is in nobody's memory.
 
         Raises:
             IscsifuseError: the device's own error. The blocks are not valid any more.
 
         Cancellation: the blocks are old or new on the device, and not valid any more.
         """
-        written = False
         losses = self.losses
         try:
             await self._send(transfer)
-            written = True
-        except Exception:
-            self.failures += 1
+        except BaseException as error:
+            self.failures += isinstance(error, Exception)
+            self.abandon(transfer, since=since)
             raise
-        finally:
-            self._finish(transfer, written=written, losses=losses)
+        self._finish(transfer, written=True, losses=losses)
 
-    def abandon(self, transfer: Transfer) -> None:
-        """A write that ``write_through`` was never called for."""
-        self._finish(transfer, written=False, losses=self.losses)
+    def abandon(self, transfer: Transfer, *, since: int) -> None:
+        """A write that has failed, or that ``write_through`` was never called for."""
+        if self._device.volatile and since != self.losses:
+            what = "the disk was reset during a write that then failed: what was there before may be lost"
+            self._errors.record(WriteBackError(what))
+        self._finish(transfer, written=False, losses=since)
 
     # -- background ---------------------------------------------------------------------------------------------
 

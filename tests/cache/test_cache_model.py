@@ -113,12 +113,21 @@ class World:
     told: bool = True
     known: dict[Handle, tuple[int, int]] = field(default_factory=dict)  # what drains, and what syncs have told
     tag: int = 0
+    at_risk: set[int] = field(default_factory=set)  # blocks that were written through while the power was cut
+    cutting: bool = False
 
     def open(self) -> Handle:
         handle = self.file.open()
         known = self.failures if self.told else self.failures - 1
         self.known[handle] = (known, known)
         return handle
+
+    def note_error(self) -> None:
+        """A write-through that had met a cut didn't succeed: what was there before may be lost, and that is told."""
+        if self.setup.mode == "through" and not self.cutting:
+            self.failures += 1
+            self.told = False
+            self.model.lost |= self.at_risk
 
     def check(self) -> None:
         if isinstance(self.file, BlockCache):
@@ -240,8 +249,16 @@ def do_cut(world: World) -> None:
         world.model.lost |= gone
     else:
         assert not gone, f"nobody could write blocks {gone} again"
+    world.at_risk |= {
+        extent.index * per_extent + block
+        for extent in file._extents.values()
+        for first, stop in runs(extent.writing)
+        for block in range(first, stop)
+    }
     device.cut_power()
+    world.cutting = True
     file.lose()
+    world.cutting = False
     for extent in file._extents.values():
         for first, stop in runs(extent.valid & ~(extent.dirty | extent.writing)):
             place = (extent.index * per_extent + first) * length
@@ -301,6 +318,7 @@ def make_world(setup: Setup, pool: BufferPool, number: int, bad: set[int]) -> Wo
     world = World(setup, device, pool, file, model, random.Random(setup.seed + number))
     device.delay = world.delay
     device.fault = world.fault
+    file.on_error(world.note_error)
     device.bad = {lba % setup.block_count for lba in bad}
     return world
 

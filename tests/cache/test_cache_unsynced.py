@@ -1,5 +1,7 @@
 """What a disk may still lose: kept until a flush has covered it, written again when the disk was reset."""
 
+import contextlib
+
 import pytest
 import trio
 import trio.testing
@@ -7,7 +9,7 @@ from cache_fakes import FakeDevice, Gate, bad_block, flushes, writes
 from cache_running import EXTENT, running, small_pool
 
 from iscsifuse.cache import BlockCache, CacheSettings, DirectFile
-from iscsifuse.errors import IscsifuseError, WriteBackError
+from iscsifuse.errors import IscsifuseError, MediumError, WriteBackError
 
 blocked = trio.testing.wait_all_tasks_blocked
 
@@ -226,6 +228,43 @@ async def test_a_cache_that_was_stopped_shows_nothing_that_may_be_lost(when: str
     with pytest.raises(WriteBackError, match="reset"):
         await cache.sync(handle)
     await cache.sync(handle)
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled", "is never sent"])
+async def test_what_was_below_a_write_through_that_a_reset_met_is_told_to_be_lost(how: str) -> None:
+    device = volatile(eager=True)
+    before = bytes(device.data)
+    async with running(device, write_behind=False, depth=1) as cache:
+        handle = cache.open()
+        for index in (1, 9, 0):  # apart in memory: several commands
+            await cache.write(index * EXTENT, b"1" * EXTENT)
+        gate = Gate(device, writes)
+        where = EXTENT if how == "is never sent" else 0
+        async with trio.open_nursery() as nursery:
+
+            async def write() -> None:
+                with contextlib.suppress(MediumError):
+                    await cache.write(0, b"2" * (EXTENT + where))
+
+            nursery.start_soon(write)
+            await blocked()
+            assert len(gate.held) == 1
+            device.cut_power()
+            cache.lose()
+            if how == "fails":
+                device.fault = lambda command: bad_block(0) if writes(command) else None
+                gate.release()
+                gate.hold = lambda _command: False
+                await blocked()
+                device.fault = None
+            else:
+                nursery.cancel_scope.cancel()
+        gate.open()
+        assert bytes(await cache.read(where, EXTENT)) == before[where : where + EXTENT]
+        with pytest.raises(WriteBackError, match="during a write that then failed"):
+            await cache.sync(handle)
+        await cache.sync(handle)
+        assert device.stable[9 * EXTENT : 10 * EXTENT] == b"1" * EXTENT
 
 
 async def test_what_a_disk_had_beyond_its_new_end_is_gone_and_told() -> None:
