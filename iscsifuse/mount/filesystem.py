@@ -13,8 +13,8 @@ Rules:
 
 * Nothing stays mounted, whatever happens: from the moment that ``attach`` has returned, ``_detach`` is in a finally.
 * An unmount by anybody (umount, fusermount3) ends ``pyfuse3.main``, which is the normal end.
-* Write-back comes before logout, and has a deadline. A second signal makes the deadline now. Nothing may skip it: a
-  task of ours that breaks down is like a signal (``breakdown``).
+* Write-back comes before logout, and has a deadline. A second signal makes the deadline now, if it is one that
+  somebody means (``_Stop``). Nothing may skip it: a task of ours that breaks down is like a signal (``breakdown``).
 * Programs that keep a mount busy may write until they are cut off, also while their disks are written back. So those
   that were written to meanwhile are written back once more after that, when nobody can.
 * Never a FUSE request of our own from the thread that serves them. Invalidations go through a worker thread: the
@@ -59,6 +59,8 @@ EXIT_SOME = 64
 
 WORKERS = 128
 """pyfuse3's tasks, all of which stay once they are there: requests that can be under way at once."""
+_SAME_MOMENT = 1.0
+"""Seconds within which several signals are one request to end."""
 _CONNECT_LIMIT = 30.0
 _POLITE_LIMIT = 10.0
 _STOP_LIMIT = 60.0
@@ -100,7 +102,12 @@ def build_tree(plan: MountPlan, assembly: Assembly, *, on_file: bool) -> Tree:
 
 
 class _Stop:
-    """What signals ask for."""
+    """What signals ask for: the first one, an end; another one, that it be now, whatever is lost by that.
+
+    That is for people to say, who are impatient. A session or a machine that ends sends several signals at once, and
+    hangs up besides (SIGTERM and SIGHUP of systemd; SIGHUP of the shell, and of the kernel). So a SIGHUP never
+    hurries, nor does what comes in the same moment as the first SIGINT or SIGTERM.
+    """
 
     def __init__(self) -> None:
         self.asked = trio.Event()
@@ -109,12 +116,18 @@ class _Stop:
 
     async def watch(self, signals: AsyncIterator[int], whole: trio.CancelScope) -> None:
         """Before anything is mounted a signal ends it all; then the first one unmounts, the second one hurries."""
+        patient_until: float | None = None
         async for number in signals:
-            if self.asked.is_set():
-                self.hurry.set()
-            else:
+            if not self.asked.is_set():
                 log.info("%s: ending", signal.Signals(number).name)
                 self.asked.set()
+            if number != signal.SIGHUP:
+                now = trio.current_time()
+                if patient_until is None:
+                    patient_until = now + _SAME_MOMENT
+                elif now >= patient_until and not self.hurry.is_set():
+                    log.warning("%s again: what isn't written back is given up", signal.Signals(number).name)
+                    self.hurry.set()
             if not self.mounted:
                 whole.cancel()
 

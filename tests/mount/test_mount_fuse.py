@@ -565,6 +565,58 @@ def test_what_is_written_while_a_busy_mount_ends_is_not_lost(ram: Ram) -> None:
     assert log.index("write 0 4096") < log.index("write 2048 4096") < len(log) - 1 - log[::-1].index("flush")
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGTERM, signal.SIGHUP],
+        [signal.SIGHUP, signal.SIGTERM],
+        [signal.SIGHUP, signal.SIGHUP, signal.SIGHUP],
+        [signal.SIGINT, signal.SIGTERM],
+    ],
+    ids=lambda numbers: "+".join(number.name for number in numbers),
+)
+def test_signals_that_come_together_lose_nothing(ram: Ram, numbers: list[signal.Signals]) -> None:
+    """As they do when a session ends. A hang-up doesn't hurry later either."""
+    ram.start_in_front(read_write=True)
+    assert ram.process is not None
+    number = os.open(ram.lun, os.O_RDWR)
+    try:
+        ram.order("stall-0")
+        os.pwrite(number, b"x" * 512, 0)
+        for each in numbers:
+            ram.process.send_signal(each)
+            time.sleep(0.1)  # or the kernel makes one of two alike
+        time.sleep(1.5)
+        ram.process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert ram.process.poll() is None
+        ram.revoke("stall-0")
+        assert ram.process.wait(timeout=20) == 0
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(number)
+    assert ram.log() == ["write 0 512", "flush"]
+    assert not ram.is_mounted()
+
+
+def test_who_asks_twice_gives_up_what_is_not_written(ram: Ram) -> None:
+    ram.start_in_front(read_write=True)
+    assert ram.process is not None
+    number = os.open(ram.lun, os.O_RDWR)
+    try:
+        ram.order("stall-0")
+        os.pwrite(number, b"x" * 512, 0)
+        for _ in range(2):
+            ram.process.send_signal(signal.SIGINT)
+            time.sleep(1.5)
+        _, said = ram.process.communicate(timeout=10)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(number)
+    assert ram.process.returncode == 32
+    assert "not everything could be written back in time; 512 bytes are lost" in said
+
+
 @pytest.mark.parametrize("verbosity", [0, 2])
 def test_a_terminal_is_not_flooded_unless_that_is_wanted(ram: Ram, verbosity: int) -> None:
     ram.start_in_front(verbosity=verbosity)
