@@ -6,7 +6,8 @@ told what became of its writes, and the kernel sends the daemon what is still in
 everything back, which is bounded in time, and says how that went. It is this that the exit code tells.
 
 It works whatever the daemon and the target are doing. A dead daemon's mount is detached; a daemon that outlives its
-own deadline is asked to hurry, then killed.
+own deadline is asked to end, to hurry, then killed. To hurry costs what isn't written back yet; the daemon says so,
+and it is listened to as long as it lives.
 
 Neither command sends a request through the mount as long as the daemon can be reached otherwise.
 """
@@ -19,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from iscsifuse.errors import MountError, UsageError
@@ -36,7 +37,9 @@ log = logging.getLogger(__name__)
 
 _ANSWER_LIMIT = 10.0
 _DEFAULT_STOP = 200.0
-_HURRY = 10.0
+_ORDERLY = 100.0
+"""Seconds for a daemon to end after a signal: more than its limits (see ``filesystem``) come to."""
+_HURRY = 20.0
 _KILLED = 10.0
 _BURIED = 1.0
 _DYING = 1.0
@@ -93,8 +96,7 @@ def umount(mountpoint: str | os.PathLike[str]) -> int:
             _unmount(entry)
             limit = document.get("stop_timeout")
             deadline = time.monotonic() + (float(limit) if isinstance(limit, int | float) else _DEFAULT_STOP)
-            errors = _farewell(line, deadline)
-            _wait_until_gone(entry, line.pid, process, deadline)
+            errors = _see_off(entry, line.pid, process, line, deadline)
     if errors:
         raise MountError(f"{entry.mountpoint} is unmounted, but data is lost: {'; '.join(errors)}")
     return 0
@@ -187,7 +189,7 @@ def _without_daemon(entry: MountEntry) -> int:
         return 0
     with _process(pid) as process:
         _unmount(entry)
-        _wait_until_gone(entry, pid, process, time.monotonic() + _DEFAULT_STOP)
+        _see_off(entry, pid, process, None, time.monotonic() + _DEFAULT_STOP)
     return 0
 
 
@@ -205,16 +207,19 @@ def _abort(entry: MountEntry) -> int:
     return 0
 
 
-def _farewell(line: Line, deadline: float) -> list[str]:
-    """What the daemon says in the end: sentences about what could not be written back."""
-    try:
-        last = line.next(timeout=max(0.1, deadline - time.monotonic()))
-    except TimeoutError:
-        return []  # It will be killed, which is told.
-    if last is None:
-        return ["the daemon ended without saying whether everything was written back"]
-    errors = last.get("errors")
-    return [str(error) for error in errors] if isinstance(errors, list) else []
+def _farewell(line: Line, deadline: float) -> list[str] | None:
+    """What the daemon says in the end: sentences about what could not be written back. None: nothing so far."""
+    while True:
+        try:
+            last = line.next(timeout=max(0.1, deadline - time.monotonic()))
+        except TimeoutError:
+            return None
+        if last is None:
+            return ["the daemon ended without saying whether everything was written back"]
+        errors = last.get("errors")
+        if isinstance(errors, list):
+            return [str(error) for error in errors]
+        # The status, which came too late: that isn't the end.
 
 
 @contextmanager
@@ -231,22 +236,56 @@ def _process(pid: int) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _wait_until_gone(entry: MountEntry, pid: int, process: int | None, deadline: float) -> None:
-    if process is None:
-        return
-    if _ends(process, deadline - time.monotonic()):
+def _see_off(entry: MountEntry, pid: int, process: int | None, line: Line | None, deadline: float) -> list[str]:
+    """Wait for the farewell and the end of a daemon whose mount is unmounted; see to it that it ends.
+
+    Args:
+        entry: what was its mount.
+        pid: its process.
+        process: descriptor of that; None: it is gone, or can't be watched.
+        line: where it says how it went, if it can be heard.
+        deadline: until when it ends on its own.
+
+    Returns:
+        Sentences about what could not be written back.
+
+    Raises:
+        MountError: nobody knows what could be written back, or it had to be killed.
+    """
+    errors: list[str] | None = None
+    steps: list[tuple[signal.Signals | None, float]] = [(None, deadline - time.monotonic())]
+    if process is not None:
+        steps += [(signal.SIGTERM, _ORDERLY), (signal.SIGTERM, _HURRY), (signal.SIGKILL, _KILLED)]
+    hurried = False
+    for step, (number, patience) in enumerate(steps):
+        hurried = step > 1
+        if process is not None and number is not None:
+            with suppress(ProcessLookupError):  # It has ended just now.
+                signal.pidfd_send_signal(process, number)
+        # What is written back already doesn't need that long.
+        end = time.monotonic() + (patience if errors is None else min(patience, _HURRY))
+        if line is not None and errors is None and number != signal.SIGKILL:
+            errors = _farewell(line, end)
+        if process is None or _ends(process, end - time.monotonic()):
+            break
+    if number == signal.SIGKILL:
+        lost = "what it had not written back is lost"
+        if errors is not None:
+            lost = "; ".join(errors) or "everything had been written back"
+        raise MountError(
+            f"{entry.mountpoint} is unmounted, but its daemon (pid {pid}) did not come to an end and was killed; "
+            f"{lost}"
+        )
+    if line is not None and errors is None:
+        errors = _farewell(line, 0.0)  # These may have been its last words.
+    if errors is None and (line is not None or hurried):
+        raise MountError(
+            f"{entry.mountpoint} is unmounted, but its daemon (pid {pid}) took too long, and did not say whether "
+            "everything was written back"
+        )
+    if process is not None:
         _wait_until_buried(pid)
-        return
-    for number, patience in ((signal.SIGTERM, 0.5), (signal.SIGTERM, _HURRY)):
-        signal.pidfd_send_signal(process, number)
-        if _ends(process, patience):
-            return
-    signal.pidfd_send_signal(process, signal.SIGKILL)
-    _ends(process, _KILLED)
-    raise MountError(
-        f"{entry.mountpoint} is unmounted, but its daemon (pid {pid}) did not come to an end and was killed; "
-        "what it had not written back is lost"
-    )
+    return errors or []
 
 
 def _is_half_dead(pid: int) -> bool:

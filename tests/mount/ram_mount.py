@@ -113,6 +113,7 @@ def plan_of(options: dict[str, object]) -> MountPlan:
         "may_abort",
         "note_opens",
         "break_invalidations",
+        "stop_timeout",
     ):
         fields.pop(name, None)
     fields["mountpoint"] = Path(str(fields["mountpoint"]))
@@ -211,6 +212,13 @@ def main() -> int:
             raise ZeroDivisionError("a mistake")
 
         vars(pyfuse3)["invalidate_inode"] = fail
+    if "stop_timeout" in options:
+        report = vars(filesystem)["StatusReport"]
+
+        def impatient(**fields: Any) -> Any:
+            return report(**{**fields, "stop_timeout": options["stop_timeout"]})
+
+        vars(filesystem)["StatusReport"] = impatient
     if options.get("may_abort") is False:
         vars(filesystem)["abort_connection"] = lambda *_: False
     if options.get("note_opens"):

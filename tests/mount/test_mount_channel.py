@@ -1,6 +1,8 @@
 """The socket between a daemon and the commands."""
 
 import os
+import socket
+import time
 import uuid
 from collections.abc import Callable
 
@@ -11,6 +13,7 @@ from trio.testing import MockClock
 
 from iscsifuse.errors import MountError
 from iscsifuse.mount.channel import Channel, Line, channel_name
+from iscsifuse.mount.client import _farewell
 
 
 @pytest.fixture
@@ -143,3 +146,14 @@ async def test_nonsense_is_refused(device: str, said: bytes) -> None:
                 line.next(timeout=0.01)
             connection.close()
             assert line.next(timeout=5) is None
+
+
+def test_a_status_that_comes_late_is_no_farewell() -> None:
+    line = Line.__new__(Line)
+    line._received = b""
+    line._socket, daemon = socket.socketpair()
+    with line, daemon:
+        daemon.sendall(b'{"schema": 1}\n')
+        assert _farewell(line, time.monotonic() + 0.2) is None
+        daemon.sendall(b'{"schema": 1}\n{"errors": ["LUN 1: lost"]}\n')
+        assert _farewell(line, time.monotonic() + 5) == ["LUN 1: lost"]

@@ -1,6 +1,7 @@
 """Through the kernel, on disks in memory: what a program sees that reads, writes, truncates, maps and closes."""
 
 import contextlib
+import ctypes
 import errno
 import json
 import mmap
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -484,6 +486,46 @@ def test_umount_tells_of_lost_data(ram: Ram) -> None:
     with pytest.raises(MountError, match=r"is unmounted, but data is lost: LUN 0 of"):
         umount(ram.point)
     assert not ram.is_mounted()
+
+
+def leave_dirty(ram: Ram) -> None:
+    """Have the daemon hold what nobody has open any more, for a disk that doesn't answer.
+
+    close() waits for what was written before; but not for what is written to mapped pages after the last one. (The
+    module mmap keeps a descriptor of its own.)
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    number = os.open(ram.lun, os.O_RDWR)
+    place = libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, number, 0)
+    os.close(number)
+    assert ctypes.string_at(place, 1) == bytes(1)
+    ram.order("stall-0")
+    ctypes.memmove(place, b"hello", 5)
+    assert libc.munmap(place, 4096) == 0
+
+
+def test_umount_tells_what_a_daemon_loses_that_takes_too_long(ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so only after it was made to hurry."""
+    assert ram.start(read_write=True, stop_timeout=1) == 0
+    leave_dirty(ram)
+    monkeypatch.setattr("iscsifuse.mount.client._ORDERLY", 2.0)
+    with pytest.raises(MountError, match=r"data is lost: LUN 0 of .* in time; 4096 bytes are lost"):
+        umount(ram.point)
+
+
+def test_umount_gives_a_late_daemon_time_before_it_has_it_hurry(ram: Ram) -> None:
+    assert ram.start(read_write=True, stop_timeout=1) == 0
+    leave_dirty(ram)
+    late = threading.Timer(4, ram.revoke, ["stall-0"])
+    late.start()
+    try:
+        assert umount(ram.point) == 0
+    finally:
+        late.join()
+    assert ram.log() == ["write 0 4096", "flush"]
 
 
 def test_umount_has_nothing_to_say_where_all_was_synced(ram: Ram) -> None:
