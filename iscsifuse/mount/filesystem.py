@@ -335,7 +335,7 @@ class _Mount:
                 try:
                     await trio.to_thread.run_sync(try_to, abandon_on_cancel=True)
                     await self._ended.wait()
-                except (IscsifuseError, OSError) as error:
+                except Exception as error:  # Also that there can't be one more thread. Write-back has to follow.
                     problem = error
             nursery.cancel_scope.cancel()
         if self._ended.is_set():

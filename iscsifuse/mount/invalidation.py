@@ -8,7 +8,6 @@ connection first, or answers reads until it is over (see ``filesystem``).
 """
 
 import logging
-from functools import partial
 
 import pyfuse3
 import trio
@@ -16,6 +15,9 @@ import trio
 __all__ = ["Invalidations"]
 
 log = logging.getLogger(__name__)
+
+_PAUSE = 1.0
+"""Seconds until the next attempt where this user may have no more threads."""
 
 
 class Invalidations:
@@ -48,22 +50,42 @@ class Invalidations:
             await self._news.wait()
             self._news = trio.Event()
             while self._wanted:
-                number, name = self._wanted.pop()
-                inode = pyfuse3.InodeT(number)
-                job = partial(pyfuse3.invalidate_inode, inode)
-                if name:
-                    job = partial(pyfuse3.invalidate_entry, inode, pyfuse3.FileNameT(name))
-                self.under_way = True
-                self._done = trio.Event()
-                try:
-                    await trio.to_thread.run_sync(job, abandon_on_cancel=True)
-                except OSError as error:
-                    # ENOENT: the kernel doesn't know the file, so there is nothing to drop.
-                    log.debug("invalidate %s of inode %d: %s", name, inode, error)
-                except Exception:
-                    self._left()
-                    raise
-                self._left()
+                wanted = self._wanted.pop()
+                if not await self._carry_out(*wanted):
+                    self._wanted.add(wanted)
+                    await trio.sleep(_PAUSE)
+
+    async def _carry_out(self, number: int, name: bytes) -> bool:
+        """Have the kernel forget one thing; whether there was a thread for that."""
+        inode = pyfuse3.InodeT(number)
+        started = False
+
+        def job() -> None:
+            nonlocal started
+            started = True
+            if name:
+                pyfuse3.invalidate_entry(inode, pyfuse3.FileNameT(name))
+            else:
+                pyfuse3.invalidate_inode(inode)
+
+        self.under_way = True
+        self._done = trio.Event()
+        try:
+            await trio.to_thread.run_sync(job, abandon_on_cancel=True)
+        except OSError as error:
+            # ENOENT: the kernel doesn't know the file, so there is nothing to drop.
+            log.debug("invalidate %s of inode %d: %s", name, inode, error)
+        except RuntimeError as error:
+            self._left()
+            if started:
+                raise
+            log.warning("the kernel still remembers inode %d as it was: %s", inode, error)
+            return False
+        except Exception:
+            self._left()
+            raise
+        self._left()
+        return True
 
     def _left(self) -> None:
         self.under_way = False

@@ -7,6 +7,7 @@ Source: proc_pid_mountinfo(5).
 """
 
 import errno
+import logging
 import os
 import re
 import threading
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = ["FS_TYPE", "SUBTYPE", "MountEntry", "find_mount", "is_dead", "parse_mountinfo", "read_mounts", "where"]
+
+log = logging.getLogger(__name__)
 
 SUBTYPE = "iscsifuse"
 FS_TYPE = f"fuse.{SUBTYPE}"
@@ -119,7 +122,7 @@ def find_mount(path: str | os.PathLike[str], mounts: Iterable[MountEntry] | None
 
 
 def is_dead(mountpoint: str) -> bool:
-    """Whether nobody serves a FUSE mount any more. One that doesn't answer at all is taken to live.
+    """Whether nobody serves a FUSE mount any more. One of which that can't be found out is taken to live.
 
     stat(2) wouldn't do: the kernel answers it from what it remembers, long after the daemon has died.
     """
@@ -132,6 +135,10 @@ def is_dead(mountpoint: str) -> bool:
             found.append(error.errno)
 
     thread = threading.Thread(target=look, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # This user may have no more threads.
+        log.warning("can't look whether %s is dead: %s", mountpoint, error)
+        return False
     thread.join(_LOOK_LIMIT)
     return found in ([errno.ENOTCONN], [errno.ECONNABORTED])

@@ -2,8 +2,8 @@
 
 The folder ``control`` commands the disks: the file ``fail-N`` holds the errno that transfers of LUN N fail with,
 ``stall-N`` makes them wait for as long as it exists, ``grow-N`` holds a new number of blocks, ``report-N`` what was
-lost after it had been written. ``accident`` is a mistake in what the disks stand on. What happened to a disk is
-written to ``log-N``.
+lost after it had been written. ``accident`` is a mistake in what the disks stand on. With ``no-threads`` the daemon
+can't have one more. What happened to a disk is written to ``log-N``.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -212,6 +213,14 @@ def main() -> int:
             raise ZeroDivisionError("a mistake")
 
         vars(pyfuse3)["invalidate_inode"] = fail
+    sound_start = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if (control / "no-threads").exists():
+            raise RuntimeError("can't start new thread")
+        sound_start(thread)
+
+    vars(threading)["Thread"].start = start
     if "stop_timeout" in options:
         report = vars(filesystem)["StatusReport"]
 

@@ -751,6 +751,31 @@ def test_what_was_written_survives_a_mistake_of_ours(ram: Ram, where: str, busy:
             file.close()
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_who_may_have_no_more_threads_loses_nothing(ram: Ram, busy: bool) -> None:
+    """The mount can't be unmounted politely, so programs are cut off; but only after all is written."""
+    ram.start_in_front(read_write=True)
+    assert ram.process is not None
+    if not busy:
+        leave_dirty(ram)
+    with ram.lun.open("r+b", buffering=0) if busy else contextlib.nullcontext() as file:
+        if file is not None:
+            ram.order("stall-0")
+            file.write(bytes(4096))
+        ram.order("no-threads")
+        ram.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        ram.revoke("stall-0")
+        _, said = ram.process.communicate(timeout=20)
+        assert ram.process.returncode == 0
+        assert "can't start new thread; programs that still use it will get errors" in said
+        assert ram.log() == ["write 0 4096", "flush"]
+        assert not ram.is_mounted()
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+
+
 def test_what_the_disk_lost_after_a_sync_is_told_at_the_end(ram: Ram) -> None:
     ram.start_in_front(read_write=True, disks=[2048, 2048])
     for number in range(2):

@@ -1,6 +1,7 @@
 """The mount table."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,12 @@ def test_only_a_dead_mount_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "open", no_daemon)
     assert is_dead(str(tmp_path))
+
+
+@pytest.mark.expect_log("can't look whether .* is dead: can't start new thread")
+def test_who_may_have_no_more_threads_takes_a_mount_to_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    assert not is_dead(str(tmp_path))
