@@ -26,7 +26,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ import pyfuse3
 import trio
 
 from iscsifuse.cache import Handle
-from iscsifuse.errors import IscsifuseError, MountError, UsageError
+from iscsifuse.errors import IscsifuseError, MountError, UsageError, WriteBackError
 from iscsifuse.initiator.groups import plain_errors
 from iscsifuse.mount.assembly import Assembly
 from iscsifuse.mount.attach import attach, unmount
@@ -201,6 +201,8 @@ class _Mount:
         self._breakdown = assembly.breakdown
         self._invalidations = Invalidations()
         self._device = ""
+        self._lost: list[str] = []  # sentences
+        self._reasons: set[tuple[Disk, str]] = set()  # of these
         for disk, inode in self._inodes.items():
             # The kernel has the pages of a write that failed afterwards, and would show them as the disk's.
             disk.file.on_error(partial(self._invalidations.forget, inode))
@@ -292,19 +294,24 @@ class _Mount:
         if self._ended.is_set():
             channel.stop_listening()
         end = trio.current_time() + patience
-        failed: set[Disk] = set()
-        errors = await self._write_back(patience, failed)
+        late = await self._write_back(patience)
         self._main.cancel()
         await self._ended.wait()
         if self._invalidations.under_way:
             await self._release()
         # Once more: now nobody can write any more. See the module.
-        errors += await self._write_back(max(_LAST_LIMIT, end - trio.current_time()), failed)
-        errors += self._untold(failed)
-        for error in errors:
-            log.error("%s", error)
-        await channel.say_farewell(errors)
-        return errors
+        late |= await self._write_back(max(_LAST_LIMIT, end - trio.current_time()), without=late)
+        self._tell_the_rest(late)
+        await channel.say_farewell(self._lost)
+        return self._lost
+
+    def _tell(self, disk: Disk, error: Exception) -> None:
+        """Something of a disk is lost: the log has it now, and the farewell later. Once for each reason."""
+        reason = (disk, str(error.__cause__ or error))
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            self._lost.append(f"LUN {disk.lun} of {disk.target}: {error}")
+            log.error("%s", self._lost[-1])
 
     async def _release(self) -> None:
         """Nobody answers reads any more: let nobody wait for that, and for a page that such a read holds.
@@ -344,26 +351,32 @@ class _Mount:
         reason = "does not come to rest" if limit.cancelled_caught else str(problem or "interrupted again")
         log.warning("%s; programs that still use it will get errors", reason)
 
-    async def _write_back(self, patience: float, failed: set[Disk]) -> list[str]:
-        """Bring everything to stable storage; sentences about what couldn't be.
+    async def _write_back(self, patience: float, *, without: Set[Disk] = frozenset()) -> set[Disk]:
+        """Bring everything to stable storage, and tell what couldn't be.
 
         Args:
             patience: seconds.
-            failed: disks of which that was said before; grows.
+            without: disks of which it is known that they take too long.
+
+        Returns:
+            The disks that took too long.
         """
-        errors: list[str] = []
-        waiting = set(self._operations.unsynced()) - failed
+        waiting = set(self._operations.unsynced()) - without
 
         async def one(disk: Disk) -> None:
-            try:
-                await self._operations.sync(disk, self._keepers[disk])
-            except IscsifuseError as error:
-                failed.add(disk)
-                errors.append(f"LUN {disk.lun} of {disk.target}: {error}")
-            except Exception as error:
-                failed.add(disk)
-                log.exception("writing back LUN %d of %s failed unexpectedly", disk.lun, disk.target)
-                errors.append(f"LUN {disk.lun} of {disk.target}: {error!r}")
+            # The first error may be an old one, or of one block: everything else is still to be flushed.
+            for _ in range(2):
+                try:
+                    await self._operations.sync(disk, self._keepers[disk])
+                except WriteBackError as error:
+                    self._tell(disk, error)
+                    continue
+                except IscsifuseError as error:
+                    self._tell(disk, error)
+                except Exception as error:
+                    log.exception("writing back LUN %d of %s failed unexpectedly", disk.lun, disk.target)
+                    self._tell(disk, WriteBackError(repr(error)))
+                break
             waiting.discard(disk)
 
         with trio.move_on_after(patience):
@@ -373,23 +386,18 @@ class _Mount:
                     for disk in list(waiting):
                         disks.start_soon(one, disk)
                 nursery.cancel_scope.cancel()
-        failed |= waiting
-        errors.extend(
-            f"LUN {disk.lun} of {disk.target}: not everything could be written back in time; "
-            f"{disk.file.stats().dirty_bytes} bytes are lost"
-            for disk in waiting
-        )
-        return errors
+        for disk in waiting:
+            lost = disk.file.stats().dirty_bytes
+            self._tell(disk, WriteBackError(f"not everything could be written back in time; {lost} bytes are lost"))
+        return waiting
 
-    def _untold(self, failed: set[Disk]) -> list[str]:
-        """Sentences about what the other disks failed after all, and no program has heard of."""
-        errors: list[str] = []
-        for disk in self._keepers.keys() - failed:
+    def _tell_the_rest(self, late: Set[Disk]) -> None:
+        """What the other disks failed after all, and no program has heard of."""
+        for disk in self._keepers.keys() - late:
             try:
                 disk.file.check()
             except IscsifuseError as error:
-                errors.append(f"LUN {disk.lun} of {disk.target}: {error}")
-        return errors
+                self._tell(disk, error)
 
     def _detach(self) -> None:
         """Whatever is still mounted goes; whoever still waits for an answer gets an error."""

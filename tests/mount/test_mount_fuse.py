@@ -507,6 +507,21 @@ def leave_dirty(ram: Ram) -> None:
     assert libc.munmap(place, 4096) == 0
 
 
+def test_what_follows_an_error_that_was_told_is_flushed_at_the_end(ram: Ram) -> None:
+    """The error is told once more, and nothing else suffers for it."""
+    assert ram.start(read_write=True) == 0
+    with ram.lun.open("r+b", buffering=0) as file:
+        ram.order("fail-0")
+        file.write(bytes(4096))
+        with pytest.raises(OSError, match="Input/output"):
+            os.fsync(file.fileno())
+        ram.revoke("fail-0")
+        os.pwrite(file.fileno(), bytes(8192), MIB)
+    with pytest.raises(MountError, match=r"data is lost: LUN 0 of [^;]*$"):
+        umount(ram.point)
+    assert ram.log() == ["write 2048 8192", "flush"]
+
+
 def test_umount_tells_what_a_daemon_loses_that_takes_too_long(ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says so only after it was made to hurry."""
     assert ram.start(read_write=True, stop_timeout=1) == 0
