@@ -53,13 +53,16 @@ class BlockFile(abc.ABC):
         """
         self._errors.record(error if isinstance(error, WriteBackError) else write_back_error(error))
 
-    def check(self) -> None:
-        """Tell what nobody has been told of yet; waits for nothing.
+    def check(self, handle: Handle | None = None) -> None:
+        """Tell what is known by now; waits for nothing.
+
+        Args:
+            handle: as for ``drain``.
 
         Raises:
             WriteBackError: the device failed something that was acknowledged.
         """
-        self._errors.check(self._errors.open())
+        self._errors.check(handle or self._errors.open())
 
     def on_error(self, callback: Callable[[], None]) -> None:
         """Have a function called whenever something that was acknowledged turns out not to be on the disk.

@@ -392,10 +392,10 @@ class _Mount:
         return waiting
 
     def _tell_the_rest(self, late: Set[Disk]) -> None:
-        """What the other disks failed after all, and no program has heard of."""
+        """What the other disks failed before a later fsync that was fine: whoever unmounts is told of it, too."""
         for disk in self._keepers.keys() - late:
             try:
-                disk.file.check()
+                disk.file.check(self._keepers[disk])
             except IscsifuseError as error:
                 self._tell(disk, error)
 

@@ -190,7 +190,7 @@ class Campaign:
         report.reconnects = status.get("sessions", [{}])[0].get("reconnects", 0)
         if not status:
             report.wrong.append("the mount doesn't answer")
-        world.unmount(patience)
+        world.unmount(patience, raw_may_fail=self._takes_offline)
         self._compare_disks()
         report.bytes_written += sum(fio.bytes_written for fio in self._fios)
         report.bytes_verified += sum(fio.bytes_verified for fio in self._fios)

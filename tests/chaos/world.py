@@ -158,11 +158,14 @@ class World:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def unmount(self, patience: float) -> None:
-        """The file system, the loop device, the mount: each has to go in good order."""
+    def unmount(self, patience: float, *, raw_may_fail: bool = False) -> None:
+        """The file system, the loop device, the mount: each has to go in good order.
+
+        What the raw disk failed while it was offline is told once more then.
+        """
         run("umount", self.inside, timeout=patience)
         run("losetup", "--detach", self._device, timeout=patience)
-        self.mounted.unmount()
+        self.mounted.unmount(lossy=RAW if raw_may_fail else None)
 
     @contextlib.contextmanager
     def ext4_as_it_is_on_the_disk(self) -> Any:
