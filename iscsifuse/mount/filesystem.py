@@ -43,7 +43,7 @@ from iscsifuse.mount.channel import Channel
 from iscsifuse.mount.crew import workers_are_fibres
 from iscsifuse.mount.invalidation import Invalidations
 from iscsifuse.mount.kernel import abort_connection, keep_awake, prepare_process, tune_mount
-from iscsifuse.mount.mountinfo import MountEntry, find_mount, is_dead
+from iscsifuse.mount.mountinfo import MountEntry, find_mount, is_dead, read_mounts
 from iscsifuse.mount.operations import DiskOperations
 from iscsifuse.mount.plan import MountPlan
 from iscsifuse.mount.report import StatusReport
@@ -334,6 +334,8 @@ class _Mount:
         problem: Exception | None = None
 
         def try_to() -> None:
+            if self._mount_entry() is None:
+                raise MountError(f"{mountpoint} isn't the mount it was")
             unmount(mountpoint)
 
         async with trio.open_nursery() as nursery:
@@ -405,14 +407,16 @@ class _Mount:
             # A thread is inside libfuse, so its session must not be destroyed; the process ends soon anyway.
             self._abort()
         else:
-            pyfuse3.close(unmount=True)
-        entry = self._mount_entry()
-        # libfuse takes a connection that was aborted (/sys/fs/fuse/connections) for an unmounted one.
-        if entry is not None and (self._invalidations.under_way or is_dead(entry.mountpoint)):
-            try:
-                unmount(entry.mountpoint, lazy=True)
-            except (IscsifuseError, OSError) as error:
-                log.warning("%s", error)
+            # libfuse unmounts whatever is there now. Programs that still have ours open are cut off in any case.
+            pyfuse3.close(unmount=not self._device or self._mount_entry() is not None)
+        # It may have been moved; and libfuse takes a connection that was aborted (/sys/fs/fuse/connections) for an
+        # unmounted one.
+        for entry in self._reachable():
+            if self._invalidations.under_way or is_dead(entry.mountpoint):
+                try:
+                    unmount(entry.mountpoint, lazy=True)
+                except (IscsifuseError, OSError) as error:
+                    log.warning("%s", error)
 
     def _abort(self) -> bool:
         """Abort the connection, if we may; whether that was so."""
@@ -422,6 +426,12 @@ class _Mount:
         """Our mount, if it is still there. It may be the next one already: that one lives."""
         entry = find_mount(self._plan.mountpoint)
         return entry if entry is not None and entry.device == self._device else None
+
+    def _reachable(self) -> list[MountEntry]:
+        """The same, wherever it is mounted; but not what another mount covers."""
+        mounts = read_mounts()
+        ours = (entry for entry in mounts if entry.device == self._device)
+        return [entry for entry in ours if find_mount(entry.mountpoint, mounts) is entry]
 
 
 async def _serve_kernel(operations: DiskOperations) -> None:

@@ -606,6 +606,53 @@ def test_a_signal_unmounts_what_is_busy(ram: Ram) -> None:
             os.close(number)
 
 
+@pytest.mark.root
+def test_what_is_mounted_in_our_place_stays(ram: Ram) -> None:
+    """A lazily unmounted mount lives on as long as a program uses it, and ends as ever."""
+    ram.start_in_front(read_write=True)
+    assert ram.process is not None
+    with ram.lun.open("r+b", buffering=0) as file:
+        subprocess.run(["umount", "-l", ram.point], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "none", ram.point], check=True)
+        try:
+            (ram.point / "file").touch()
+            file.write(bytes(512))
+            ram.process.send_signal(signal.SIGTERM)
+            assert ram.process.wait(timeout=20) == 0
+            assert ram.log() == ["write 0 512", "flush"]
+            assert [path.name for path in ram.point.iterdir()] == ["file"]
+            with pytest.raises(OSError, match=r"not connected|aborted"):
+                file.read(512)
+            with contextlib.suppress(OSError):
+                file.close()
+        finally:
+            subprocess.run(["umount", ram.point], check=True)
+    assert not ram.is_mounted()
+
+
+@pytest.mark.root
+def test_a_mount_that_was_moved_goes_where_it_is(ram: Ram, tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", private], check=True)
+    try:
+        subprocess.run(["mount", "--make-private", private], check=True)  # What a shared mount holds can't be moved.
+        ram.point, new = private / "old", private / "new"
+        ram.point.mkdir()
+        new.mkdir()
+        ram.start_in_front(read_write=True)
+        subprocess.run(["mount", "--move", ram.point, new], check=True)
+        write_at(new / "lun-0", bytes(512))
+        assert ram.process is not None
+        ram.process.send_signal(signal.SIGTERM)
+        assert ram.process.wait(timeout=20) == 0
+        assert not ram.is_mounted()
+        assert find_mount(new) is None
+        assert ram.log() == ["write 0 512", "flush"]
+    finally:
+        subprocess.run(["umount", "-R", private], check=True)
+
+
 def test_what_is_written_while_a_busy_mount_ends_is_not_lost(ram: Ram) -> None:
     assert ram.start(read_write=True) == 0
     pid = int(status(ram.point)["pid"])  # type: ignore[call-overload]
