@@ -297,6 +297,7 @@ class _Mount:
         late = await self._write_back(patience)
         self._main.cancel()
         await self._ended.wait()
+        self._invalidations.end()
         if self._invalidations.under_way:
             await self._release()
         # Once more: now nobody can write any more. See the module.

@@ -23,7 +23,8 @@ _PAUSE = 1.0
 class Invalidations:
     """What the kernel has to forget, of one mount.
 
-    Invariant: ``under_way`` is true from before a thread enters the kernel until after it has left it.
+    Invariant: ``under_way`` is true from before a thread enters the kernel until after it has left it; after ``end``
+    it doesn't become true again.
 
     Attributes:
         under_way: whether a thread may wait in the kernel.
@@ -31,28 +32,39 @@ class Invalidations:
 
     def __init__(self) -> None:
         self.under_way = False
+        self._over = False
         # Pages and attributes of an inode; with a name, that there is no such entry.
         self._wanted: set[tuple[int, bytes]] = set()
         self._news = trio.Event()
         self._done = trio.Event()  # replaced when one begins
 
     def forget(self, inode: int, name: bytes = b"") -> None:
-        """Have the kernel forget an inode's pages and attributes, or an entry of a directory, soon."""
-        self._wanted.add((inode, name))
+        """Have the kernel forget an inode's pages and attributes, or an entry of a directory, soon.
+
+        After ``end`` this does nothing: the mount goes, and all of that with it.
+        """
+        if not self._over:
+            self._wanted.add((inode, name))
+            self._news.set()
+
+    def end(self) -> None:
+        """No thread is to enter the kernel any more: nobody serves what it might wait for."""
+        self._over = True
+        self._wanted.clear()
         self._news.set()
 
     async def run(self) -> None:
-        """Carry out what is wanted.
+        """Carry out what is wanted, until ``end``.
 
         Cancellation: at once; the thread is left alone, and ``under_way`` stays true.
         """
-        while True:
+        while not self._over:
             await self._news.wait()
             self._news = trio.Event()
             while self._wanted:
                 wanted = self._wanted.pop()
                 if not await self._carry_out(*wanted):
-                    self._wanted.add(wanted)
+                    self.forget(*wanted)
                     await trio.sleep(_PAUSE)
 
     async def _carry_out(self, number: int, name: bytes) -> bool:

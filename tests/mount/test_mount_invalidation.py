@@ -73,3 +73,24 @@ async def test_a_mistake_is_told(monkeypatch: pytest.MonkeyPatch, error: Excepti
     with pytest.raises(type(error), match="a mistake"):
         await made.run()
     assert not made.under_way
+
+
+async def test_after_the_end_no_thread_enters_the_kernel(kernel: Kernel) -> None:
+    """Neither for what was wanted before, nor for what is wanted while the last one is still inside."""
+    made = Invalidations()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(made.run)
+        made.forget(5)
+        made.forget(6)
+        await trio.testing.wait_all_tasks_blocked()
+        first = list(kernel.forgotten)
+        assert len(first) == 1
+        made.end()
+        assert made.under_way
+        made.forget(7)
+        kernel.open.set()
+        await made.wait_done()
+        made.forget(8)
+    # ``run`` has come to its end, too.
+    assert kernel.forgotten == first
+    assert not made.under_way
