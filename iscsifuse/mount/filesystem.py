@@ -299,7 +299,8 @@ class _Mount:
         await self._ended.wait()
         self._invalidations.end()
         if self._invalidations.under_way:
-            await self._release()
+            with self._breakdown.contained():
+                await self._release()
         # Once more: now nobody can write any more. See the module.
         late |= await self._write_back(max(_LAST_LIMIT, end - trio.current_time()), without=late)
         self._tell_the_rest(late)

@@ -114,6 +114,7 @@ def plan_of(options: dict[str, object]) -> MountPlan:
         "may_abort",
         "note_opens",
         "break_invalidations",
+        "break_release",
         "stop_timeout",
     ):
         fields.pop(name, None)
@@ -207,6 +208,19 @@ def main() -> int:
                 raise OSError(5, "as commanded")
 
         pyfuse3.main = break_down
+    if options.get("break_release"):
+        sound_main = pyfuse3.main
+        calls = []
+
+        async def break_down_later(min_tasks: int = 1, max_tasks: int = 99) -> None:
+            calls.append(max_tasks)
+            try:
+                await sound_main(min_tasks, max_tasks)
+            finally:
+                if len(calls) > 1:
+                    raise OSError(5, "as commanded")
+
+        pyfuse3.main = break_down_later
     if options.get("break_invalidations"):
 
         def fail(*_: object) -> None:

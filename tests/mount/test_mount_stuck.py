@@ -4,6 +4,7 @@ A thread that does so can't be killed, and keeps the connection. Whoever ends th
 every program that waits for the mount waits for ever.
 """
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from ram_kit import Ram, wait_for
 
 from iscsifuse.errors import MountError
+from iscsifuse.mount.channel import Line
 from iscsifuse.mount.client import umount
 from iscsifuse.mount.mountinfo import MountEntry, find_mount
 
@@ -89,6 +91,32 @@ def test_a_daemon_that_ends_takes_what_waits_for_it_along(ram: Ram, may_abort: b
     stuck.daemon.send_signal(signal.SIGTERM)
     stuck.daemon.wait(timeout=20)
     stuck.assert_reader_is_told()
+    assert not ram.is_mounted()
+
+
+def test_the_end_goes_on_where_that_breaks_down(ram: Ram) -> None:
+    """What was lost before is told all the same, and what isn't lost is written."""
+    stuck = Stuck(ram, may_abort=False, break_release=True, disks=[32768, 2048, 2048])
+    files = [(ram.point / f"lun-{number}").open("r+b", buffering=0) for number in (1, 2)]
+    try:
+        ram.order("fail-1")
+        for file in files:
+            file.write(bytes(4096))
+        with Line(stuck.entry.device) as line:
+            assert line.next(timeout=10) is not None
+            stuck.daemon.send_signal(signal.SIGTERM)
+            last = line.next(timeout=30)
+        _, said = stuck.daemon.communicate(timeout=20)
+    finally:
+        for file in files:
+            with contextlib.suppress(OSError):
+                file.close()
+    stuck.assert_reader_is_told()
+    assert last is not None
+    assert {error[:8] for error in last["errors"]} == {"LUN 1 of"}  # type: ignore[attr-defined]
+    assert "MountError: the mount broke down: OSError(5, 'as commanded')" in said
+    assert stuck.daemon.returncode == 99
+    assert ram.log(2) == ["write 0 4096", "flush"]
     assert not ram.is_mounted()
 
 
