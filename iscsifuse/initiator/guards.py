@@ -65,29 +65,29 @@ class Guards:
             SessionLostError: it ended meanwhile.
         """
         unsettled: list[Guard] = []
-        late: set[Guard] = set()
+        running: set[Guard] = set()
         for _ in range(MOST_ROUNDS):
             asked, news = 0, self._news
             unsettled.clear()
             while asked < len(self._guards):
                 some, asked = self._guards[asked:], len(self._guards)
-                late |= await self._ask([guard for guard in some if guard not in late], session, unsettled)
+                await self._ask([guard for guard in some if guard not in running], session, unsettled, running)
             if news == self._news:
                 break
         else:
             raise SessionLostError("the target changes its list of units all the time")
         self._unsettled = unsettled
 
-    async def _ask(self, guards: Collection[Guard], session: Session, unsettled: list[Guard]) -> set[Guard]:
+    async def _ask(
+        self, guards: Collection[Guard], session: Session, unsettled: list[Guard], running: set[Guard]
+    ) -> None:
         """Ask some, for as long as the others may wait for them; those that aren't done by then go on by themselves.
 
         Args:
             guards: whom to ask.
             session: about which.
-            unsettled: gets those that couldn't settle things, of those that are done.
-
-        Returns:
-            Those that go on.
+            unsettled: gets those that couldn't settle things, of those that are done in time.
+            running: has those that aren't done, as long as they aren't.
         """
         left = set(guards)
         lost: list[SessionLostError] = []
@@ -105,6 +105,7 @@ class Guards:
                     raise
                 finally:
                     left.discard(guard)
+                    running.discard(guard)
                     if lost or not left:
                         done.set()
             if not settled and over:
@@ -115,6 +116,7 @@ class Guards:
         if self._nursery is None:
             raise SessionLostError("the nexus is at its end")
         for guard in guards:
+            running.add(guard)
             self._nursery.start_soon(ask, guard)
         if left:
             with trio.move_on_after(MOST_WAIT):
@@ -122,7 +124,6 @@ class Guards:
         over = True
         if lost:
             raise lost[0]
-        return left
 
     def go_on(self, session: Session) -> None:
         """The session that was proved is in use now: ask those again that couldn't settle things."""

@@ -66,7 +66,7 @@ class LunDescription:
         write_protected: the WP bit of MODE SENSE.
         dpofua: whether FUA is honoured.
         problem: one sentence why a disk can't be used, or None.
-        seen_in: the number of the session (`Nexus.reconnects`) in which the look at it began.
+        seen_in: `Nexus.epoch` when the look at it began.
     """
 
     lun: int
@@ -187,7 +187,7 @@ async def _report_luns(nexus: Nexus) -> tuple[luns.LunAddress, ...]:
 
 
 async def _examine(nexus: Nexus, address: luns.LunAddress, number: int) -> LunDescription | None:
-    seen_in = nexus.reconnects
+    seen_in = nexus.epoch
     commander = _commander(nexus, address.raw, number)
     try:
         data = await commander.query(cdbs.inquiry(allocation_length=_INQUIRY_LENGTH), length=_INQUIRY_LENGTH)

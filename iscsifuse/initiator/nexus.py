@@ -77,6 +77,7 @@ class Nexus:
         settings: deadlines and rights.
         statistics: of all its commands, across sessions.
         reconnects: how often the session was re-established.
+        epoch: how often a disk may have become another one, as far as is known: new sessions, and news.
         replays: how many commands were sent again because their session was lost under them.
         state: see `NexusState`.
     """
@@ -95,6 +96,7 @@ class Nexus:
         self.statistics = statistics
         self.portal = login.portal
         self.reconnects = 0
+        self.epoch = 0
         self.replays = 0
         self.state = NexusState.LOGGED_IN
         self._isid = isid
@@ -144,6 +146,7 @@ class Nexus:
         For a watcher. The target tells one of the units, and then no other any more, once it has been asked for its
         list (SPC-4 §6.33); so all of them have to be held back before anything is sent.
         """
+        self.epoch += 1
         self._guards.note_news()
         for doubt in self._doubters:
             doubt()
@@ -157,8 +160,12 @@ class Nexus:
         watcher = self._watchers.get(task.lun)
         if watcher is not None:
             watcher(task)
-        elif judge(task.status, task.sense, what="").change & Change.INVENTORY:
-            self.doubt_all()  # one that isn't used, and was told in place of those that are
+            return
+        change = judge(task.status, task.sense, what="").change  # of one that isn't used, or only just being found
+        if change & Change.INVENTORY:
+            self.doubt_all()
+        elif change & Change.MEDIUM:
+            self.epoch += 1
 
     def add_guard(self, guard: Guard) -> None:
         """Have a coroutine called on each new session before commands flow again; see `guards`."""
@@ -367,6 +374,7 @@ class Nexus:
         self._session = session
         self.portal = session.transport.portal
         self.reconnects += 1
+        self.epoch += 1
         self._enter(NexusState.LOGGED_IN)
         log.warning("%s: logged in again at %s", self.target_name, self.portal)
         self._guards.go_on(session)

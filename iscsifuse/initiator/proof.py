@@ -21,8 +21,8 @@ Invariants:
 
 * The bar is there when such a status arrives: what is sent a moment later would already be too late.
 * What counts is what was read behind the last news: an examination under which there was some begins again.
-* Only who has put up the bar of an examination takes it down: one that lost its session leaves alone that of the
-  next one.
+* There is one examination at a time, the latest that began: what another one finds out, whose session was lost, or
+  whose answers took too long, doesn't count any more. So only it takes down the bar.
 
 **Capacity.** A disk may grow or shrink while it is mounted; the target says so (UNIT ATTENTION 2Ah/09h), the capacity
 is read again, and ``on_change`` is called. Until it was read, another capacity is no other disk, also in a session
@@ -65,8 +65,6 @@ PROOF_PATIENCE = 2.0
 _MOST_LOOKS = 10
 """How often a unit is examined anew because it told of changes meanwhile, before it is let alone for a while."""
 _NOT_SUPPORTED = 0x25
-_AFTER_LOGIN = object()
-"""An examination by the guards, on whichever session."""
 
 
 class Examined(Protocol):
@@ -102,14 +100,14 @@ class Proof:
         self._is_another = False
         self._unproven = ""  # why it can't be told whether it is
         self._under_way: trio.Event | None = None  # the end of the examination that news asked for
-        self._examining: object = None  # whose bar there is, until that examination tells more
-        self._doubted = False  # since the examination that is under way began to look
+        self._current: object = None  # the examination that counts, while it is under way
+        self._doubted = False  # since that began to look
         self._refreshing = False
         self._capacity_news = 0  # how often a new capacity was announced
         self._capacity_read = 0  # ... when it was read for the last time
-        nexus.add_guard(self._prove)
-        if nexus.reconnects != unit.description.seen_in:
-            self._begin(may_resize=False)  # the session in use began before there was a guard
+        nexus.add_guard(self._guard)
+        if nexus.epoch != unit.description.seen_in:
+            self._begin(may_resize=False)  # the session in use began, or there was news, before there was a guard
 
     @property
     def is_held_back(self) -> bool:
@@ -123,7 +121,7 @@ class Proof:
         self._doubted = True
         if self._nexus.state is not NexusState.LOGGED_IN:
             return  # the guards look at the next session before any command
-        if self._under_way is None and not self.is_held_back:
+        if self._current is None and not self.is_held_back:
             self._begin(may_resize=True)
 
     def announce_capacity(self) -> None:
@@ -140,16 +138,18 @@ class Proof:
         """In its own task: whoever wants it may be cancelled, and others wait for its end."""
         under_way = self._under_way = trio.Event()
         self._bar_while_examined(under_way, until=math.inf)
-        self._nexus.prove_soon(partial(self._prove, may_resize=may_resize), then=partial(self._end, under_way))
+        examine = partial(self._examine, under_way, may_resize=may_resize)
+        self._nexus.prove_soon(examine, then=partial(self._end, under_way))
 
-    def _bar_while_examined(self, examining: object, *, until: float) -> None:
-        self._examining = examining
+    def _bar_while_examined(self, examination: object, *, until: float) -> None:
+        self._current = examination
         self._nexus.bar(self._address, SessionLostError(f"{self._unit.label} is being examined"), until=until)
 
     def _end(self, under_way: trio.Event) -> None:
-        if self._examining is under_way:
+        if self._current is under_way:
             self._unbar()  # the session was lost under it; the next one's guards come before any command
-        self._under_way = None
+        if self._under_way is under_way:
+            self._under_way = None
         under_way.set()
 
     # -- capacity --------------------------------------------------------------------------------------------------
@@ -198,24 +198,39 @@ class Proof:
 
     # -- the examination -------------------------------------------------------------------------------------------
 
-    async def _prove(self, session: Session, *, may_resize: bool = False) -> bool:
+    async def _guard(self, session: Session) -> bool:
+        """After a login; see `guards`. Takes the place of whatever else looks at it."""
+        if self._is_another:
+            return True
+        examination = object()
+        if self._unproven:
+            self._current = examination  # and it is held back already
+        else:
+            # Others needn't wait for it for long (`guards`), so it may still be examined when the session is used.
+            self._bar_while_examined(examination, until=self._nexus.give_up_at)
+        return await self._prove(session, examination, may_resize=False)
+
+    async def _examine(self, under_way: trio.Event, session: Session, *, may_resize: bool) -> bool:
+        """Because of news; called again as long as it can't be told."""
+        if self._is_another or self._current not in (None, under_way):
+            return True
+        self._current = under_way
+        return await self._prove(session, under_way, may_resize=may_resize)
+
+    async def _prove(self, session: Session, examination: object, *, may_resize: bool) -> bool:
         """Is this the same disk? See the head of this file.
 
         Args:
             session: where to ask.
+            examination: this one. Nothing comes of it if another one has taken its place meanwhile.
             may_resize: whether another capacity is just that: the mount has seen no gap in which more could change.
                 Also where the target had announced one.
 
         Returns:
             Whether that is settled now.
         """
-        if self._is_another:
-            return True
         unit = self._unit
         wait = not may_resize
-        if wait and not self._unproven and self._examining in (None, _AFTER_LOGIN):
-            # Others needn't wait for it for long (`guards`), so it may still be examined when the session is used.
-            self._bar_while_examined(_AFTER_LOGIN, until=self._nexus.give_up_at)
         commander = unit.make_commander(session, notice=False, limit=PROOF_PATIENCE if wait else None)
         try:
             for _ in range(_MOST_LOOKS):
@@ -224,16 +239,20 @@ class Proof:
                 news = self._capacity_news
                 identity = await examine_identity(VitalProductData(commander))
                 capacity = await examine_capacity(commander, version=unit.description.inquiry.version)
-                if not self._doubted:
+                if not self._doubted or self._current is not examination:
                     break
             else:
                 return self._cant_tell(f"{unit.label} can't be examined: it changes all the time", wait=wait)
         except SessionLostError:
             raise
         except IscsifuseError as error:
+            if self._current is not examination:
+                return True
             gone = isinstance(error, CommandError) and error.asc == _NOT_SUPPORTED
             what = "isn't there any more" if gone else "can't be examined any more"
             return self._cant_tell(f"{unit.label} {what}: {error}", wait=wait)
+        if self._current is not examination:
+            return True
         if self._identity.is_missing_in(identity):
             return self._cant_tell(f"{unit.label} doesn't say any more who it is", wait=wait)
         if not self._identity.agrees_with(identity):
@@ -258,7 +277,7 @@ class Proof:
         if self._unproven:
             log.warning("%s is there again", self._unit.label)
         self._unproven = ""
-        self._examining = None
+        self._current = None
         self._nexus.bar(self._address, None)
 
     def _cant_tell(self, sentence: str, *, wait: bool) -> bool:
@@ -267,7 +286,7 @@ class Proof:
             log.error("%s", sentence)
         gone = not wait and not self._unproven
         self._unproven = sentence
-        self._examining = None
+        self._current = None
         until = self._nexus.give_up_at if wait else 0.0
         self._nexus.bar(self._address, SessionLostError(sentence), until=until)
         if gone and self._unit.on_change is not None:
@@ -277,7 +296,7 @@ class Proof:
     def _fail(self, sentence: str) -> None:
         """No command from now on, and nothing of what is cached counts."""
         log.error("%s", sentence)
-        self._examining = None
+        self._current = None
         self._is_another = True
         self._nexus.bar(self._address, IdentityError(sentence))
         if self._unit.on_change is not None:

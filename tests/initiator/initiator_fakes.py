@@ -152,7 +152,7 @@ class FakeNexus(FakeExecutor):
         super().__init__(answers)
         self.settings = settings or SessionSettings(initiator_name="iqn.x", read_only=False)
         self.target_name = "iqn.x:target"
-        self.reconnects = 0
+        self.reconnects = self.epoch = 0
         self.guards: list[Callable[[Any], Awaitable[bool]]] = []
         self.barred: dict[bytes, Exception] = {}
         self.doubters: list[Callable[[], None]] = []

@@ -811,6 +811,44 @@ async def test_logical_unit_other_mode_parameters_may_mean_a_cache(knows: bool) 
     assert unit.volatile == knows
 
 
+@pytest.mark.conformance(100)
+@pytest.mark.expect_log("another disk answers")
+@pytest.mark.parametrize("news", [True, False])
+@jumping
+async def test_logical_unit_an_examination_that_takes_long_lifts_no_other_s_bar(news: bool) -> None:
+    """The guard of a login goes on while the session is used; the disk is swapped behind its back."""
+    fake = FakeUnit()
+    unit, nexus = await _fake(fake)
+    address = unit.description.address
+    task = Task(b"", lun=address)
+    task.status, task.sense = 2, Reply.check(K.UNIT_ATTENTION, 0x3F, 0x0E).sense
+    nexus.seconds = 1.0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(nexus.guards[0], nexus)
+        await trio.sleep(4.5)  # it knows who it is, and asks how large it is
+        assert nexus.barred
+        fake.change(vpd_80=Reply(UnitSerialNumber("ANOTHER").encode()))
+        if news:
+            nexus.watchers[address](task)
+        else:
+            nursery.start_soon(nexus.guards[0], nexus)  # of another session
+    assert isinstance(nexus.barred[address], IdentityError)
+
+
+@pytest.mark.conformance(100)
+async def test_logical_unit_news_between_the_scan_and_its_use_have_it_examined() -> None:
+    disk = _disk()
+    async with serving(config_of(disk, _disk(serial="SECOND", lun=1))) as target:
+        with trio.fail_after(20):
+            async with open_nexus(DEFAULT_TARGET_NAME, [portal_of(target)], settings_of()) as nexus:
+                found = await scan(nexus)
+                disk.attentions.append((0x3F, 0x0E))
+                await nexus.execute(cdbs.test_unit_ready(), lun=found[0].address)
+                asked = len(target.ledger)
+                assert await _read(LogicalUnit(nexus, found[1]), 0, 1) == pattern(512)
+                assert "INQUIRY" in [entry.name for entry in target.ledger[asked:]]
+
+
 @pytest.mark.conformance(107)
 @pytest.mark.expect_log("changes all the time|is there again")
 @jumping

@@ -306,6 +306,37 @@ async def test_parts_a_guard_that_takes_long_holds_up_no_other(end: str) -> None
 
 
 @jumping
+async def test_parts_a_guard_that_was_late_is_asked_again_after_news_once_it_is_done() -> None:
+    """It has looked before these; only while it looks does it hear of them itself."""
+    guards = Guards()
+    looks: list[float] = []
+
+    async def late(_: Session) -> bool:
+        looks.append(trio.current_time())
+        await trio.sleep(MOST_WAIT + 1 if len(looks) == 1 else 0)
+        return True
+
+    rounds: list[float] = []
+
+    async def tells(_: Session) -> bool:
+        rounds.append(trio.current_time())
+        if len(rounds) == 1:
+            guards.note_news()
+        elif len(rounds) == 2:
+            await trio.sleep(2)  # until the late one is done
+            guards.note_news()
+        return True
+
+    guards.add(late)
+    guards.add(tells)
+    async with trio.open_nursery() as nursery:
+        guards.start(nursery)
+        await guards.prove(cast("Session", SimpleNamespace(error=None)))
+    assert looks == [0, MOST_WAIT + 2]
+    assert rounds == [0, MOST_WAIT, MOST_WAIT + 2]
+
+
+@jumping
 async def test_parts_a_session_that_is_lost_under_a_guard_is_given_up_at_once() -> None:
     guards = Guards()
 
