@@ -37,9 +37,10 @@ log = logging.getLogger(__name__)
 
 _ANSWER_LIMIT = 10.0
 _DEFAULT_STOP = 200.0
-_ORDERLY = 100.0
-"""Seconds for a daemon to end after a signal: more than its limits (see ``filesystem``) come to."""
-_HURRY = 20.0
+_ORDERLY = 180.0
+"""Seconds for a daemon to end after a signal: more than its limits (see ``filesystem``) and the end of a command that
+nothing can cut short come to."""
+_HURRY = 90.0
 _KILLED = 10.0
 _BURIED = 1.0
 _DYING = 1.0
@@ -219,7 +220,10 @@ def _farewell(line: Line, deadline: float) -> list[str] | None:
         errors = last.get("errors")
         if isinstance(errors, list):
             return [str(error) for error in errors]
-        # The status, which came too late: that isn't the end.
+        # The status, which came too late: that isn't the end. But it says how long that may take.
+        limit = last.get("stop_timeout")
+        if isinstance(limit, int | float):
+            deadline = max(deadline, time.monotonic() + float(limit))
 
 
 @contextmanager

@@ -410,7 +410,12 @@ class _Mount:
             self._abort()
         else:
             # libfuse unmounts whatever is there now. Programs that still have ours open are cut off in any case.
-            pyfuse3.close(unmount=not self._device or self._mount_entry() is not None)
+            try:
+                is_there = not self._device or self._mount_entry() is not None
+            except OSError as error:
+                log.warning("can't look what is mounted: %s", error)
+                is_there = True
+            pyfuse3.close(unmount=is_there)
         # It may have been moved; and libfuse takes a connection that was aborted (/sys/fs/fuse/connections) for an
         # unmounted one.
         for entry in self._reachable():
@@ -431,7 +436,10 @@ class _Mount:
 
     def _reachable(self) -> list[MountEntry]:
         """The same, wherever it is mounted; but not what another mount covers."""
-        mounts = read_mounts()
+        try:
+            mounts = read_mounts()
+        except OSError:
+            return []
         ours = (entry for entry in mounts if entry.device == self._device)
         return [entry for entry in ours if find_mount(entry.mountpoint, mounts) is entry]
 
