@@ -235,6 +235,8 @@ class Proof:
         try:
             for _ in range(_MOST_LOOKS):
                 await commander.run(cdbs.test_unit_ready())  # It tells what it has to tell.
+                if self._current is not examination:
+                    return True  # and what was told is for the other one
                 self._doubted = False
                 news = self._capacity_news
                 identity = await examine_identity(VitalProductData(commander))
